@@ -1,0 +1,61 @@
+"""Visibility: which token of a user's sequence sees which.
+
+Tokens are U, then S, then R, then the candidates. Every visible set is a prefix of U + S + R
+(plus oneself, for a candidate), because times never decrease along R. So one integer a row
+says it all, and kernels need no mask: `visible_limits` is that integer, `visible` the
+definition in words, and a test draws both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Lengths of the token groups of one sequence; they sum to the prefix."""
+
+    user: int
+    static: int
+    realtime: int
+
+    @property
+    def frozen(self) -> int:
+        """Tokens of the generation: U + S."""
+        return self.user + self.static
+
+    @property
+    def prefix(self) -> int:
+        return self.user + self.static + self.realtime
+
+
+def visible(groups: Groups, static_attention: str, i: int, j: int, seen_realtime: int | None = None) -> bool:
+    """Whether token i sees token j. For a candidate, `seen_realtime` R rows happened before its exposure."""
+    if i >= groups.prefix:
+        assert seen_realtime is not None
+        return j == i or j < groups.frozen + seen_realtime
+    if i < groups.frozen and static_attention == "full":
+        return j < groups.frozen
+    return j <= i
+
+
+def visible_limits(groups: Groups, static_attention: str, first: int, last: int) -> npt.NDArray[np.int32]:
+    """int32 [last - first]: prefix token i in [first, last) sees tokens [0, limit)."""
+    limits = np.arange(first + 1, last + 1, dtype=np.int32)
+    if static_attention == "full":
+        limits[: max(0, groups.frozen - first)] = groups.frozen
+    return limits
+
+
+def candidate_limits(
+    groups: Groups, realtime_ms: npt.NDArray[np.int64], exposure_ms: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int32]:
+    """int32 [candidates]: prefix tokens each candidate sees: U, S and the R rows strictly before its exposure.
+
+    `realtime_ms` int64 [realtime], never decreasing; `exposure_ms` int64 [candidates].
+    """
+    assert len(realtime_ms) == groups.realtime
+    return (groups.frozen + np.searchsorted(realtime_ms, exposure_ms, side="left")).astype(np.int32)

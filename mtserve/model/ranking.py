@@ -1,0 +1,85 @@
+"""The ranking model: tokenisers, HSTU layers, multi-task heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from mtserve.config import ModelConfig
+from mtserve.kernels.backend import Kernels
+from mtserve.kernels.plan import KernelPlan
+from mtserve.model.embedding import HashedTables
+from mtserve.model.hstu import HSTULayer
+from mtserve.model.schema import FeatureSchema
+from mtserve.model.tokeniser import GAP_BUCKETS, HOURS_OF_WEEK, TokenInputs, Tokeniser, gap_buckets, hours_of_week
+
+GROUP_U, GROUP_S, GROUP_R, GROUP_C = range(4)
+
+
+class RankingModel(nn.Module):
+    """A generative ranking model (HSTU; MTGR with its token groups). Parameters and pure functions, no caches."""
+
+    def __init__(self, config: ModelConfig, schema: FeatureSchema) -> None:
+        super().__init__()
+        self.config, self.schema = config, schema
+        used = schema.candidate if config.cross_features else tuple(f for f in schema.candidate if f.role != "cross")
+        self.tables = HashedTables(replace(schema, candidate=used))
+        self.user_tokens = nn.ModuleList(Tokeniser((feature,), config.d) for feature in schema.user)
+        self.behaviour_token = Tokeniser(schema.behaviour, config.d)
+        self.candidate_token = Tokeniser(used, config.d)
+        self.position = nn.Parameter(torch.empty(config.max_history, config.d))
+        self.gap = nn.Parameter(torch.empty(GAP_BUCKETS, config.d))
+        self.recency = nn.Parameter(torch.empty(GAP_BUCKETS, config.d))
+        self.hour = nn.Parameter(torch.empty(HOURS_OF_WEEK, config.d))
+        groups = 4 if config.norm == "group" else 1
+        self.layers = nn.ModuleList(HSTULayer(config, groups) for _ in range(config.layers))
+        self.heads = nn.ModuleDict(
+            {
+                task: nn.Sequential(nn.Linear(config.d, config.d // 2), nn.SiLU(), nn.Linear(config.d // 2, 1))
+                for task in config.tasks
+            }
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.position.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.position.dtype
+
+    def embed(self, inputs: TokenInputs) -> torch.Tensor:
+        """[rows, d] tokens of a batch, each in its row."""
+        x = torch.empty(inputs.rows, self.config.d, device=self.device, dtype=self.dtype)
+        for index, tokeniser in enumerate(self.user_tokens):
+            new = inputs.user_destinations[:, index] >= 0
+            if new.any():
+                x[self._indices(inputs.user_destinations[new, index])] = tokeniser(inputs.user_rows[new], self.tables)
+        if len(inputs.behaviours):
+            tokens = self.behaviour_token(inputs.behaviours, self.tables)
+            tokens += self.position[self._indices(inputs.positions)]
+            tokens += self.gap[self._indices(gap_buckets(inputs.gap_ms))]
+            tokens += self.hour[self._indices(hours_of_week(inputs.behaviours["time_ms"]))]
+            x[self._indices(inputs.behaviour_destinations)] = tokens
+        if len(inputs.candidates):
+            tokens = self.candidate_token(inputs.candidates, self.tables)
+            tokens += self.recency[self._indices(gap_buckets(inputs.recency_ms))]
+            tokens += self.hour[self._indices(hours_of_week(inputs.candidates["time_ms"]))]
+            x[self._indices(inputs.candidate_destinations)] = tokens
+        return x
+
+    def encode(self, x: torch.Tensor, pool: torch.Tensor | None, plan: KernelPlan, kernels: Kernels) -> torch.Tensor:
+        """[T, d] rows after all layers; `pool` [pages, layers, 2, page_tokens, H, D], None to use and keep no states."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x, None if pool is None else pool[:, index], plan, kernels)
+        return x
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """[candidates, tasks] float32 logits of candidate rows [candidates, d]."""
+        return torch.cat([self.heads[task](rows) for task in self.config.tasks], dim=-1).float()
+
+    def _indices(self, values: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device)
