@@ -136,6 +136,7 @@ class EngineConfig(Config):
         "type of weights and states (auto: float32 on cpu, bfloat16 on cuda)",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    kernels: str = option("eager", "eager: plain torch; reference: the fp32 CPU truth", choices=("eager", "reference"))
     cache: str = option("on", "off encodes every request's whole history again: the baseline", choices=("on", "off"))
     gpu_cache: str = option(
         "auto",

@@ -1,0 +1,234 @@
+"""What the loop owns: queue, tiers, planner, runner. One thread calls it, and nobody else."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mtserve.cache.index import TieredIndex
+from mtserve.config import EngineConfig
+from mtserve.engine import setup
+from mtserve.engine.job import Job
+from mtserve.engine.planner import BatchPlan, Planner
+from mtserve.engine.runner import Runner
+from mtserve.engine.scheduler import Scheduler, Slot
+from mtserve.engine.sequence import SequenceBuilder, UserSequence
+from mtserve.engine.tiers import Reservation, Tiers
+from mtserve.errors import CorruptState, FailedPrecondition
+from mtserve.kernels.backend import load_kernels
+from mtserve.metrics import Metrics
+from mtserve.model.ranking import RankingModel
+from mtserve.model.weights import fingerprint
+from mtserve.transfer.mover import Fault, make_mover
+from mtserve.transfer.pool import allocate_arena, allocate_pool
+from mtserve.types import Clock, History, ScoreResult
+
+log = logging.getLogger(__name__)
+
+
+class Core:
+    """Everything between an admitted job and its answer."""
+
+    def __init__(
+        self, model: RankingModel, config: EngineConfig, metrics: Metrics, clock: Clock, fault: Fault | None = None
+    ) -> None:
+        self.config = config
+        self.device = setup.resolve_device(config.device)
+        self.dtype = setup.resolve_dtype(config.dtype, self.device)
+        self._metrics = metrics
+        self._clock = clock
+        self._kernels = load_kernels(config.kernels)
+        self._recent_s: deque[float] = deque(maxlen=32)
+        self._shape = setup.page_shape(model.config, config, self.dtype)
+        self.scheduler = Scheduler(config, metrics, static_attention=model.config.static_attention)
+        self.tiers = self._make_tiers(model, fault) if config.cache == "on" else None
+        self._install(model)
+
+    def _make_tiers(self, model: RankingModel, fault: Fault | None) -> Tiers:
+        gpu_pages = setup.device_pages(self.config, self._shape, self.device)
+        host_pages = setup.arena_pages(self.config, self._shape)
+        poison = self.config.poison_pages
+        pool = allocate_pool(self._shape, gpu_pages, self.device, poison=poison)
+        arena = allocate_arena(self._shape, host_pages, pinned=self.device.type == "cuda", poison=poison)
+        index = TieredIndex(
+            self.config.page_tokens, gpu_pages, host_pages, self.config.policy, clock=self._clock, track_freed=poison
+        )
+        max_prefix = len(model.schema.user) + model.config.max_history
+        return Tiers(index, make_mover(pool, arena, fault), self.config, self._metrics, max_prefix)
+
+    def _install(self, model: RankingModel) -> None:
+        if model.device != self.device or model.dtype != self.dtype:
+            model = copy.deepcopy(model).to(self.device, self.dtype)
+        self.model = model
+        self.fingerprint = fingerprint(model)
+        key = f"{self.fingerprint} {self.dtype} {self._shape.sizes}"
+        self.builder = SequenceBuilder(model.config, model.schema, key)
+        self._planner = Planner(model, self.config.page_tokens)
+        self._runner = Runner(model, self._kernels, None if self.tiers is None else self.tiers.mover.pool)
+
+    def admit(self, job: Job) -> None:
+        """Queue `job`. Raises ResourceExhausted when the queue is full."""
+        if job.replaces is not None and (self.tiers is None or not self.tiers.holds(job.replaces)):
+            job.future.cancel()
+            return
+        if job.sequence.seed != self.builder.seed:  # the model was replaced after the request was made
+            job.sequence = self._rebuilt(job.sequence)
+        self.scheduler.add(job)
+
+    def step(self) -> bool:
+        """One turn of the loop; False when there was nothing to do."""
+        progress = self._finish_copies()
+        self.scheduler.drop_hopeless(self._clock(), min(self._recent_s, default=0.0))
+        slots = self.scheduler.take(self._cached)
+        if slots:
+            self._run(slots)
+        if self.tiers is not None:
+            self.tiers.write_back()
+        self._metrics.set("queue_length", len(self.scheduler))
+        return progress or bool(slots)
+
+    def _finish_copies(self) -> bool:
+        """Publish the copies that ended, start the onloads that waiting requests need."""
+        if self.tiers is None:
+            return False
+        ended = self.tiers.finish()
+        self.tiers.onload(self.scheduler.head())
+        return self.tiers.finish() + ended > 0
+
+    def _cached(self, job: Job) -> int | None:
+        return 0 if self.tiers is None else self.tiers.cached(job)
+
+    def _run(self, slots: Sequence[Slot]) -> None:
+        began = self._clock()
+        reservation: Reservation | None = None
+        try:
+            reservation = None if self.tiers is None else self.tiers.reserve(slots)
+            plan = self._planner.plan(slots, reservation)
+            logits = self._runner.run(plan)
+        except Exception as error:
+            log.exception("a batch of %d users failed", len(slots))
+            self._fail(slots, reservation, error)
+            return
+        seconds = self._clock() - began
+        self._recent_s.append(seconds)
+        self._commit(slots, reservation, plan, logits, seconds)
+
+    def _commit(
+        self,
+        slots: Sequence[Slot],
+        reservation: Reservation | None,
+        plan: BatchPlan,
+        logits: npt.NDArray[np.float32],
+        seconds: float,
+    ) -> None:
+        """Make the new states findable and answer."""
+        for index, slot in enumerate(slots):
+            for job in slot.jobs:
+                job.found(0 if reservation is None else int(reservation.cached[index]))
+        if self.tiers is not None and reservation is not None:
+            self.tiers.release(reservation, slots, success=True)
+        metrics = self._metrics
+        metrics.count("batches_total")
+        metrics.observe("batch_requests", len(plan.scored))
+        metrics.observe("batch_tokens", plan.tokens)
+        metrics.observe("batch_seconds", seconds)
+        for job, first, last in plan.scored:
+            self._answer(job, logits[first:last])
+
+    def _answer(self, job: Job, logits: npt.NDArray[np.float32]) -> None:
+        if not np.isfinite(logits).all():
+            self.invalidate(job.user_id)
+            job.fail(CorruptState(f"scores of user {job.user_id!r} are not finite; the user's states were dropped"))
+            self._metrics.count("failed_total")
+            return
+        seconds = self._clock() - job.arrived
+        result = ScoreResult(
+            scores=0.5 * (1.0 + np.tanh(0.5 * logits)),
+            logits=logits,
+            tasks=self.model.config.tasks,
+            position=job.sequence.position,
+            prefix_tokens=job.prefix,
+            gpu_tokens=job.found_gpu,
+            host_tokens=job.found_host,
+            encoded_tokens=job.prefix - job.found_gpu - job.found_host,
+            latency_s=seconds,
+        )
+        if not job.resolve(result):
+            self._metrics.count("cancelled_total")
+        elif len(logits):
+            self._count_scored(result)
+
+    def _count_scored(self, result: ScoreResult) -> None:
+        metrics = self._metrics
+        metrics.observe("request_seconds", result.latency_s)
+        metrics.count("candidates_total", len(result.scores))
+        metrics.count("requests_by_tier_total", 1, result.tier)
+        metrics.count("prefix_tokens_total", result.gpu_tokens, "gpu")
+        metrics.count("prefix_tokens_total", result.host_tokens, "host")
+        metrics.count("prefix_tokens_total", result.encoded_tokens, "encoded")
+
+    def _fail(self, slots: Sequence[Slot], reservation: Reservation | None, error: Exception) -> None:
+        """A crashed step fails its requests and leaks no page."""
+        if self.tiers is not None and reservation is not None:
+            self.tiers.release(reservation, slots, success=False)
+        jobs = [job for slot in slots for job in slot.jobs]
+        self.scheduler.remove(jobs)
+        for job in jobs:
+            if job.fail(error):
+                self._metrics.count("failed_total")
+
+    def invalidate(self, user_id: str | None) -> int:
+        """Forget the states of one user, or of all; returns how many users had any."""
+        return 0 if self.tiers is None else self.tiers.invalidate(user_id)
+
+    def replace_model(self, model: RankingModel) -> None:
+        """Serve other weights of the same configuration from the next batch on. States of the old one are never used again."""
+        if dataclasses.replace(model.config, name=self.model.config.name) != self.model.config:
+            raise FailedPrecondition("its configuration differs from the served model's", field="model")
+        if model.schema != self.model.schema:
+            raise FailedPrecondition("its feature schema differs from the served model's", field="model")
+        self._install(model)
+        self.invalidate(None)
+        for job in self.scheduler.jobs():
+            job.sequence = self._rebuilt(job.sequence)
+            job.found_gpu, job.loads = -1, 0
+
+    def _rebuilt(self, sequence: UserSequence) -> UserSequence:
+        """`sequence` under the present model; its cut depends on configuration that both models share."""
+        history = History(sequence.features, sequence.cut.start, sequence.kept)
+        return self.builder.build(sequence.user_id, history)
+
+    def busy(self) -> bool:
+        """Whether requests wait or copies are under way."""
+        return len(self.scheduler) > 0 or (self.tiers is not None and self.tiers.busy())
+
+    def check(self) -> None:
+        """Raise when any structure of the loop is inconsistent."""
+        if self.tiers is not None:
+            self.tiers.check()
+
+    def stats(self) -> dict[str, Any]:
+        """JSON-able facts about the model, the tiers and the queue."""
+        return {
+            "model": {"name": self.model.config.name, "fingerprint": self.fingerprint},
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "page_bytes": self._shape.bytes,
+            "page_tokens": self._shape.page_tokens,
+            "queue_length": len(self.scheduler),
+            "tiers": {} if self.tiers is None else self.tiers.stats(),
+        }
+
+    def close(self, error: Exception) -> None:
+        """Answer what still waits with `error` and let every copy end."""
+        for job in self.scheduler.clear():
+            job.fail(error)
+        if self.tiers is not None:
+            self.tiers.settle()

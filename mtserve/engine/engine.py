@@ -1,0 +1,345 @@
+"""The engine: histories in, scores out, from any thread. The loop itself is `Core.step`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+from mtserve.config import EngineConfig
+from mtserve.engine.core import Core
+from mtserve.engine.job import Job, make_job
+from mtserve.engine.sequence import UserSequence
+from mtserve.engine.sequences import SequenceCache
+from mtserve.engine.setup import available_memory
+from mtserve.errors import DeadlineExceeded, InvalidArgument, MtserveError, NotFound, ResourceExhausted, Unavailable
+from mtserve.history.memory import MemoryHistory
+from mtserve.history.store import HistoryStore, check_user_id
+from mtserve.metrics import Metrics
+from mtserve.model.cut import cut_history
+from mtserve.model.ranking import RankingModel
+from mtserve.model.schema import FeatureSchema
+from mtserve.transfer.mover import Fault
+from mtserve.types import Clock, History, Request, Rows, ScoreResult
+from mtserve.units import parse_capacity
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# How long the loop sleeps while only copies are under way, and while nothing is.
+POLL_S, IDLE_S = 0.0002, 0.5
+
+
+class Engine:
+    """Scores candidates from cached user states.
+
+    `history`: where behaviours live (in memory unless given; the engine closes only its own).
+    `clock`: seconds; deadlines and unset exposure times are read off it.
+    `start=False` starts no thread: the caller drives `step`, and `score` drives it by itself.
+    `fault` makes copies between the tiers fail, for tests and chaos runs.
+
+    All methods may be called from any thread, unless `start=False`.
+    """
+
+    def __init__(
+        self,
+        model: RankingModel,
+        config: EngineConfig | None = None,
+        *,
+        history: HistoryStore | None = None,
+        clock: Clock = time.time,
+        start: bool = True,
+        fault: Fault | None = None,
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.metrics = Metrics()
+        self.history = history or MemoryHistory(model.schema)
+        self._owns_history = history is None
+        self._clock = clock
+        snapshot_bytes = parse_capacity(self.config.snapshot_cache, of=available_memory(), field="snapshot_cache")
+        self._core = Core(model, self.config, self.metrics, clock, fault)
+        self._sequences = SequenceCache(self.history, self._core.builder, snapshot_bytes)
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._state = "serving"
+        self._thread = threading.Thread(target=self._loop, name="mtserve-engine", daemon=True) if start else None
+        if self._thread is not None:
+            self._thread.start()
+
+    @property
+    def model(self) -> RankingModel:
+        """The model as served: on the engine's device, in its dtype."""
+        return self._core.model
+
+    @property
+    def schema(self) -> FeatureSchema:
+        return self._core.model.schema
+
+    # Histories
+
+    def put_user(self, user_id: str, features: Rows | None = None, history: Rows | None = None) -> int:
+        """Set a user's U features and, when given, the whole history; returns the position.
+
+        A change of either starts a new generation. None leaves what is known.
+        """
+        self._admitting()
+        position = self.history.put_user(user_id, features, history)
+        self._sequences.forget(user_id)
+        self.metrics.count("generations_total")
+        return position
+
+    def append(self, user_id: str, behaviours: Rows, position: int | None = None) -> int:
+        """Durably add `behaviours` (rows of `schema.behaviour`) and return the new position.
+
+        `position`: where the first one is believed to go; FailedPrecondition tells the true one.
+        """
+        self._admitting()
+        end = self.history.append(user_id, behaviours, position)
+        pair = self._sequences.appended(user_id, behaviours, end)
+        self.metrics.count("appended_behaviours_total", len(behaviours))
+        self._recut(user_id, end - len(behaviours), end)
+        if pair is not None and pair[0].root != pair[1].root:
+            self._encode(pair[1], replaces=pair[0])  # the new generation, before its first request
+        return end
+
+    def truncate(self, user_id: str, position: int) -> int:
+        """Correct a history: forget the behaviours from `position` on, and return it."""
+        self._admitting()
+        position = self.history.truncate(user_id, position)
+        self._sequences.forget(user_id)
+        return position
+
+    def delete_user(self, user_id: str) -> bool:
+        """Forget a user's history, features and states; False when not known."""
+        known = self.history.delete(user_id)
+        self._sequences.forget(user_id)
+        self._call(lambda: self._core.invalidate(user_id))
+        return known
+
+    def _recut(self, user_id: str, before: int, after: int) -> None:
+        """Count a new generation, and let the store drop what no later cut or correction will reach."""
+        config = self.model.config
+        old, new = cut_history(before, config), cut_history(after, config)
+        if (old.start, old.static_end) == (new.start, new.static_end):
+            return
+        self.metrics.count("generations_total")
+        if new.start > old.start and new.start > config.max_history:
+            self.history.drop_before(user_id, new.start - config.max_history)
+
+    # Scores
+
+    def score(
+        self, user_id: str, candidates: Rows, *, deadline_s: float | None = None, history: History | None = None
+    ) -> ScoreResult:
+        """Rank `candidates` (rows of `schema.candidate`) and wait for the result; see `submit` for the errors."""
+        deadline = None if deadline_s is None else self._clock() + deadline_s
+        future = self.submit(Request(user_id, candidates, deadline, history))
+        while self._thread is None and not future.done():
+            self.step()
+        return future.result()
+
+    def submit(self, request: Request) -> Future[ScoreResult]:
+        """Queue a request; cancel the future in any state.
+
+        The history is read here, as it stands now: what is appended later does not change this score.
+        (When it is not in memory that takes about a millisecond: not for an event loop's own thread.)
+        Raises InvalidArgument, NotFound (no such user, no history sent), ResourceExhausted (queue full),
+        DeadlineExceeded (already past) and Unavailable (draining) at once; the future holds later errors.
+        """
+        try:
+            self._admitting()
+            self._check_room()
+            job = self._make_job(request)
+        except MtserveError as error:
+            self._count_refusal(error)
+            raise
+        self.metrics.count("requests_total")
+        self.metrics.count("requests_in_flight")
+        job.future.add_done_callback(lambda _: self.metrics.count("requests_in_flight", -1))
+        self._post(lambda: self._admit(job))
+        return job.future
+
+    def prefetch(self, user_id: str) -> Future[ScoreResult]:
+        """Bring a user's states onto the device before the request comes; the future has no scores."""
+        self._admitting()
+        check_user_id(user_id)
+        self.metrics.count("prefetches_total")
+        return self._encode(self._sequences.get(user_id))
+
+    def invalidate(self, user_id: str | None = None) -> int:
+        """Forget the cached states of a user, or of all; histories stay. Returns users forgotten."""
+        if user_id is not None:
+            check_user_id(user_id)
+        return self._call(lambda: self._core.invalidate(user_id))
+
+    def replace_model(self, model: RankingModel) -> None:
+        """Serve new weights of the same shape; states of the old ones are never used again."""
+
+        def replace() -> None:
+            self._core.replace_model(model)
+            self._sequences.rebuild(self._core.builder)
+
+        self._call(replace)
+
+    # Operation
+
+    def stats(self) -> dict[str, Any]:
+        """JSON-able facts and every metric, as of now."""
+        facts = self._call(self._core.stats)
+        return {"state": self._state, **facts, "metrics": self.metrics.snapshot()}
+
+    def check(self) -> None:
+        """Walk every structure; raises CorruptState (or fails an assertion) on the first inconsistency."""
+        self._call(self._core.check)
+        self._sequences.check()
+
+    def step(self) -> bool:
+        """Drive the loop by hand (`start=False`); False when there was nothing to do."""
+        assert self._thread is None, "the engine's own thread drives it"
+        self._run_inbox()
+        return self._core.step()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new work, finish what is queued and under way; False when time ran out first."""
+        if self._state == "serving":
+            self._state = "draining"
+        end = time.monotonic() + timeout_s
+        while self._inbox or self._core.busy():
+            if time.monotonic() > end or self._state == "closed":
+                return False
+            if self._thread is None:
+                self.step()
+            else:
+                time.sleep(0.001)
+        return True
+
+    def close(self) -> None:
+        """Stop the loop; what still waits fails with Unavailable. Closing twice is fine."""
+        with self._wake:
+            if self._state == "closed":
+                return
+            self._state = "closed"
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._run_inbox()
+        self._core.close(Unavailable("the engine was closed"))
+        if self._owns_history:
+            self.history.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # From callers' threads to the loop's
+
+    def _admitting(self) -> None:
+        if self._state != "serving":
+            raise Unavailable(f"the engine is {self._state}")
+
+    def _check_room(self) -> None:
+        waiting = len(self._inbox) + len(self._core.scheduler)
+        if waiting >= self.config.max_queue:
+            raise ResourceExhausted(f"{waiting} requests are waiting, max_queue is {self.config.max_queue}", field="queue")
+
+    def _make_job(self, request: Request) -> Job:
+        check_user_id(request.user_id)
+        candidates = request.candidates
+        if not isinstance(candidates, np.ndarray) or candidates.dtype != self.schema.candidate_dtype or candidates.ndim != 1:
+            raise InvalidArgument("rows are not of this model's candidate schema", field="candidates")
+        if not 1 <= len(candidates) <= self.config.max_candidates:
+            limit = self.config.max_candidates
+            raise InvalidArgument(f"{len(candidates)} candidates are outside 1 to max_candidates = {limit}", field="candidates")
+        now, deadline = self._clock(), request.deadline
+        if deadline is None and self.config.default_deadline_ms:
+            deadline = now + self.config.default_deadline_ms / 1000
+        if deadline is not None and deadline <= now:
+            raise DeadlineExceeded(f"passed {(now - deadline) * 1000:.0f} ms before the request came", field="deadline")
+        return make_job(self._sequence(request), candidates, Future(), now, deadline)
+
+    def _sequence(self, request: Request) -> UserSequence:
+        if request.history is None:
+            return self._sequences.get(request.user_id)
+        history = request.history
+        self.schema.check_behaviours(history.behaviours, field="history")
+        if history.features is not None and (
+            history.features.dtype != self.schema.user_dtype or history.features.shape != (1,)
+        ):
+            raise InvalidArgument("expected one row of this model's user features", field="history.features")
+        if history.first < 0:
+            raise InvalidArgument(f"{history.first} is below 0", field="history.first")
+        return self._sequences.builder.build(request.user_id, history)
+
+    def _count_refusal(self, error: MtserveError) -> None:
+        reasons = {ResourceExhausted: "queue_full", InvalidArgument: "invalid", NotFound: "not_found", Unavailable: "draining"}
+        if isinstance(error, DeadlineExceeded):
+            self.metrics.count("deadline_exceeded_total")
+        elif type(error) in reasons:
+            self.metrics.count("rejected_total", 1, reasons[type(error)])
+
+    def _encode(self, sequence: UserSequence, replaces: UserSequence | None = None) -> Future[ScoreResult]:
+        nothing = np.empty(0, dtype=self.schema.candidate_dtype)
+        job = make_job(sequence, nothing, Future(), self._clock(), None)
+        job.replaces = replaces
+        self._post(lambda: self._admit(job))
+        return job.future
+
+    def _admit(self, job: Job) -> None:
+        try:
+            self._core.admit(job)
+        except ResourceExhausted as error:
+            self._count_refusal(error)
+            job.fail(error)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        """Have the loop run `command`; when the engine is closed nobody will."""
+        with self._wake:
+            if self._state in ("closed", "broken"):
+                raise Unavailable(f"the engine is {self._state}")
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _call(self, command: Callable[[], T]) -> T:
+        """The result of `command`, run by the loop."""
+        if self._thread is None or self._state in ("closed", "broken"):
+            self._run_inbox()
+            return command()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(command())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(run)
+        return future.result()
+
+    def _run_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _loop(self) -> None:
+        try:
+            while self._state != "closed":
+                self._run_inbox()
+                if not self._core.step():
+                    self._sleep()
+        except Exception as error:
+            log.exception("the engine's loop stopped")
+            self._state = "broken"
+            self._core.close(Unavailable(f"the engine's loop stopped: {error!r}"))
+
+    def _sleep(self) -> None:
+        with self._wake:
+            if not self._inbox and self._state != "closed":
+                self._wake.wait(POLL_S if self._core.busy() else IDLE_S)

@@ -1,0 +1,87 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mtserve.engine.sequence import UserSequence
+from mtserve.model.mask import candidate_limits
+from mtserve.types import Rows, ScoreResult
+
+
+@dataclass(eq=False)
+class Job:
+    """A request with all that scoring it needs; without candidates it only brings states onto the device.
+
+    `found_gpu`, `found_host`: prefix tokens found in each tier, fixed when its first tokens are encoded.
+    `loads`: onloads started for it; `loaded_from`: device tokens there before the first.
+    `replaces`: the generation that this one ended; without states of that, encoding is not worth it.
+    """
+
+    sequence: UserSequence
+    candidates: Rows  # exposure times resolved
+    limits: npt.NDArray[np.int32]
+    recency_ms: npt.NDArray[np.int64]
+    future: Future[ScoreResult]
+    arrived: float
+    deadline: float | None = None
+    found_gpu: int = -1
+    found_host: int = 0
+    loads: int = 0
+    loaded_from: int = -1
+    passed_over: int = 0
+    replaces: UserSequence | None = None
+
+    @property
+    def user_id(self) -> str:
+        return self.sequence.user_id
+
+    @property
+    def prefix(self) -> int:
+        return self.sequence.groups.prefix
+
+    def found(self, cached: int) -> None:
+        """Record where its prefix was found, once: `cached` tokens are on the device now."""
+        if self.found_gpu >= 0:
+            return
+        cached = min(cached, self.prefix)
+        self.found_host = max(0, cached - self.loaded_from) if self.loads else 0
+        self.found_gpu = cached - self.found_host
+
+    def resolve(self, result: ScoreResult) -> bool:
+        """Answer; False when the caller has cancelled meanwhile."""
+        try:
+            self.future.set_result(result)
+        except InvalidStateError:
+            return False
+        return True
+
+    def fail(self, error: BaseException) -> bool:
+        """Answer with an error; False when the caller has cancelled meanwhile."""
+        try:
+            self.future.set_exception(error)
+        except InvalidStateError:
+            return False
+        return True
+
+
+def make_job(
+    sequence: UserSequence, candidates: Rows, future: Future[ScoreResult], now: float, deadline: float | None
+) -> Job:
+    """A job whose unset exposure times (-1) become "now", after every behaviour known."""
+    times = sequence.kept["time_ms"]
+    last = int(times[-1]) if len(times) else -1
+    if (candidates["time_ms"] < 0).any():
+        candidates = candidates.copy()
+        candidates["time_ms"][candidates["time_ms"] < 0] = max(int(now * 1000), last + 1)
+    groups = sequence.groups
+    limits = candidate_limits(groups, times[groups.static :], candidates["time_ms"])
+    seen = limits - groups.user  # visible behaviours; the last of them dates the candidate's recency
+    recency = np.zeros(len(candidates), dtype=np.int64)
+    some = seen > 0
+    recency[some] = candidates["time_ms"][some] - times[seen[some] - 1]
+    return Job(sequence, candidates, limits, recency, future, now, deadline)

@@ -1,0 +1,76 @@
+"""Turning a configuration into devices, sizes and memory."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from mtserve.config import EngineConfig, ModelConfig
+from mtserve.errors import InvalidArgument, ResourceExhausted
+from mtserve.transfer.pool import PageShape
+from mtserve.units import format_bytes, parse_capacity
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO_CACHE = {"cuda": "60%", "cpu": "1GiB"}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device meant by `name`. Raises InvalidArgument for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidArgument(f"{name!r} is not auto, cpu, cuda or cuda:N", field="device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidArgument(f"{name!r} is not auto, cpu, cuda or cuda:N", field="device")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InvalidArgument(f"{name!r} is not here; CUDA devices found: {count}", field="device")
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights and states."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def page_shape(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> PageShape:
+    """The geometry of one page of this model's states."""
+    return PageShape(model.layers, config.page_tokens, model.heads, model.head_dim, dtype)
+
+
+def device_pages(config: EngineConfig, shape: PageShape, device: torch.device) -> int:
+    """Pages of the GPU tier. Raises ResourceExhausted when not one fits."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    text = AUTO_CACHE[device.type] if config.gpu_cache == "auto" else config.gpu_cache
+    size = parse_capacity(text, of=free, field="gpu_cache")
+    pages = size // shape.bytes
+    if pages < 1:
+        raise ResourceExhausted(
+            f"{format_bytes(size)} holds no page; one page of {shape.page_tokens} tokens takes {format_bytes(shape.bytes)}",
+            field="gpu_cache",
+        )
+    return pages
+
+
+def arena_pages(config: EngineConfig, shape: PageShape) -> int:
+    """Pages of the host tier; 0 turns it off."""
+    return parse_capacity(config.host_cache, of=available_memory(), field="host_cache") // shape.bytes
+
+
+def available_memory() -> int:
+    """Bytes of host memory that are free or reclaimable."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

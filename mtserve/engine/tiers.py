@@ -1,0 +1,199 @@
+"""The two tiers as the engine sees them: where ids (the index) and bytes (the mover) meet.
+
+Every begin of the index is matched by exactly one end: a batch's when its step is over, a
+copy's when the mover reports it finished. Whatever lies between is found by nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mtserve.cache.index import TieredIndex
+from mtserve.config import EngineConfig
+from mtserve.engine.job import Job
+from mtserve.engine.scheduler import Slot
+from mtserve.engine.sequence import UserSequence
+from mtserve.metrics import Metrics
+from mtserve.transfer.mover import LOAD, STORE, Mover
+
+# Times one request asks for its prefix from the host; evicted again before its batch, it is encoded.
+MAX_LOADS = 2
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A batch's pages. int32; row b is slot b: `cached` and `stored` [B], `page_table` [B, W]."""
+
+    ticket: int
+    cached: npt.NDArray[np.int32]
+    stored: npt.NDArray[np.int32]
+    page_table: npt.NDArray[np.int32]
+
+
+class Tiers:
+    """Onload, write-back and reservation of pages. Owned by the engine's loop."""
+
+    def __init__(self, index: TieredIndex, mover: Mover, config: EngineConfig, metrics: Metrics, max_prefix: int) -> None:
+        self.index = index
+        self.mover = mover
+        self._metrics = metrics
+        self._page_bytes = mover.pool[:1].nbytes
+        self._poison = config.poison_pages
+        slots = config.max_batch_requests
+        self._cached = np.zeros(slots, dtype=np.int32)
+        self._stored = np.zeros(slots, dtype=np.int32)
+        self._page_table = np.full((slots, -(-max_prefix // config.page_tokens)), -1, dtype=np.int32)
+        self._loading: dict[int, tuple[str, int]] = {}  # ticket -> user, pages
+        self._storing: dict[int, tuple[str, int]] = {}
+        self._unsaved: dict[str, None] = {}  # users with states that the host may not have yet, oldest first
+        self._failed_loads: set[str] = set()
+
+    def cached(self, job: Job) -> int | None:
+        """Prefix tokens of `job` on the device; None while its user's states are being loaded."""
+        if self.index.is_busy(job.user_id).loading:
+            return None
+        return self.index.lookup(job.user_id, job.sequence.chain).gpu_tokens
+
+    def onload(self, jobs: Iterable[Job]) -> None:
+        """Start bringing what the host holds of these jobs' prefixes and the device does not."""
+        for job in jobs:
+            if job.user_id in self._failed_loads:
+                job.loads = MAX_LOADS  # the copy failed: encode instead
+                continue
+            if job.loads >= MAX_LOADS or job.future.cancelled():
+                continue
+            if self.index.is_busy(job.user_id).loading:
+                self._share_load(job)
+                continue
+            match = self.index.lookup(job.user_id, job.sequence.chain)
+            if match.host_tokens <= match.gpu_tokens:
+                continue
+            load = self.index.begin_load(job.user_id, job.sequence.chain)
+            if load is None:
+                continue
+            self._poison_freed()
+            job.loads += 1
+            job.loaded_from = match.gpu_tokens if job.loaded_from < 0 else min(job.loaded_from, match.gpu_tokens)
+            self._loading[load.ticket] = (job.user_id, len(load.gpu_pages))
+            self._metrics.count("loads_in_flight")
+            self.mover.submit(LOAD, load.ticket, load.gpu_pages, load.host_pages)
+        self._failed_loads.clear()
+
+    def _share_load(self, job: Job) -> None:
+        """A second request of a user whose load is under way waits for the same one."""
+        if job.loads == 0:
+            job.loads = 1
+            job.loaded_from = self.index.lookup(job.user_id, job.sequence.chain).gpu_tokens
+
+    def finish(self) -> int:
+        """Publish the copies that have ended, the failed ones not; returns how many ended."""
+        finished = self.mover.poll()
+        for copy in finished:
+            pending = self._loading if copy.kind == LOAD else self._storing
+            user_id, pages = pending.pop(copy.ticket)
+            end = self.index.end_load if copy.kind == LOAD else self.index.end_store
+            end(copy.ticket, copy.error is None)
+            self._metrics.count(f"{copy.kind}s_in_flight", -1)
+            if copy.error is None:
+                self._metrics.count(f"{copy.kind}s_total")
+                self._metrics.count(f"{copy.kind}_bytes_total", pages * self._page_bytes)
+            else:
+                self._metrics.count(f"{copy.kind}s_failed_total")
+                if copy.kind == LOAD:
+                    self._failed_loads.add(user_id)
+        self._poison_freed()
+        return len(finished)
+
+    def reserve(self, slots: Sequence[Slot]) -> Reservation:
+        """Pin what the slots' prefixes have on the device and find pages for what will be encoded."""
+        count = len(slots)
+        cached, stored, table = self._cached[:count], self._stored[:count], self._page_table[:count]
+        users = [slot.user_id for slot in slots]
+        chains = [slot.sequence.chain[: slot.encode_to] for slot in slots]
+        ticket = self.index.begin_batch(users, chains, cached, stored, table)
+        self._poison_freed()
+        return Reservation(ticket, cached, stored, table)
+
+    def release(self, reservation: Reservation, slots: Sequence[Slot], success: bool) -> None:
+        """Make the batch's new states findable, or give its new pages back."""
+        self.index.end_batch(reservation.ticket, success)
+        if success:
+            for slot in slots:
+                self._unsaved[slot.user_id] = None
+        self._poison_freed()
+
+    def write_back(self) -> None:
+        """Start copying to the host what it does not have yet."""
+        for user_id in list(self._unsaved):
+            store = self.index.begin_store(user_id)
+            if store is not None:
+                self._poison_freed()
+                self._storing[store.ticket] = (user_id, len(store.gpu_pages))
+                self._metrics.count("stores_in_flight")
+                self.mover.submit(STORE, store.ticket, store.gpu_pages, store.host_pages)
+            elif self.index.is_busy(user_id).storing:
+                continue  # more came while its last write-back runs: again when that has ended
+            del self._unsaved[user_id]
+
+    def holds(self, sequence: UserSequence) -> bool:
+        """Whether any state of `sequence` is in any tier."""
+        match = self.index.lookup(sequence.user_id, sequence.chain)
+        return match.gpu_tokens > 0 or match.host_tokens > 0
+
+    def invalidate(self, user_id: str | None) -> int:
+        """Forget the states of one user or of all; copies under way publish nothing. Returns users forgotten."""
+        if user_id is None:
+            forgotten = self.index.invalidate_all()
+        else:
+            forgotten = int(self.index.invalidate(user_id))
+        self._poison_freed()
+        return forgotten
+
+    def busy(self) -> bool:
+        """Whether copies are under way or write-backs wait to start."""
+        return bool(self._loading or self._storing or self._unsaved)
+
+    def settle(self) -> None:
+        """Block until every copy has ended, and publish them."""
+        self.mover.wait()
+        self.finish()
+
+    def check(self) -> None:
+        """Raise CorruptState or fail an assertion when ids, copies or counts disagree."""
+        self.index.check()
+        stats = self.index.stats()
+        assert stats.loads_in_flight == len(self._loading)
+        assert stats.stores_in_flight == len(self._storing)
+        assert self.mover.pending() == len(self._loading) + len(self._storing)
+
+    def stats(self) -> dict[str, Any]:
+        """Pages and bytes of each tier, JSON-able."""
+        stats = self.index.stats()
+        tiers = {}
+        for name, tier in (("gpu", stats.gpu), ("host", stats.host)):
+            for key, value in (("pages_in_use", tier.used), ("pages_capacity", tier.total)):
+                self._metrics.set(key, value, name)
+            seen = self._metrics.value("evicted_pages_total", name)
+            self._metrics.count("evicted_pages_total", tier.evicted_pages - seen, name)
+            tiers[name] = {
+                "pages": {"total": tier.total, "used": tier.used, "in_flight": tier.in_flight, "free": tier.free},
+                "capacity_bytes": tier.total * self._page_bytes,
+                "used_bytes": tier.used * self._page_bytes,
+                "users": tier.users,
+                "evicted_pages": tier.evicted_pages,
+            }
+        return tiers
+
+    def _poison_freed(self) -> None:
+        """Fill freed pages with NaN: whoever reads one before it is written again shows at once."""
+        if not self._poison:
+            return
+        for tier, pages in (("gpu", self.mover.pool), ("host", self.mover.arena)):
+            freed = self.index.drain_freed(tier)
+            if len(freed):
+                pages[np.asarray(freed, dtype=np.int64)] = float("nan")
