@@ -1,0 +1,204 @@
+// Python's view of the cache core: mtserve._core. Signatures are documented in mtserve/_core.pyi.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <deque>
+
+#include "allocator.h"
+#include "buffers.h"
+#include "chain.h"
+#include "index.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace mtserve {
+namespace {
+
+std::string_view user_view(nb::handle user, const char* field) {
+    Py_ssize_t length = 0;
+    const char* text = PyUnicode_Check(user.ptr()) ? PyUnicode_AsUTF8AndSize(user.ptr(), &length) : nullptr;
+    if (!text) {
+        PyErr_Clear();
+        throw invalid_argument(field, "a user id is a str that UTF-8 can encode");
+    }
+    return {text, static_cast<size_t>(length)};
+}
+
+Tier parse_tier(const std::string& name) {
+    for (Tier tier : kTiers)
+        if (name == kTierNames[tier]) return tier;
+    throw invalid_argument("tier", "'" + name + "' is not one of gpu, host");
+}
+
+// int32 bytes; the Python side gives them their dtype.
+nb::bytes page_bytes(const std::vector<int32_t>& pages) { return nb::bytes(pages.data(), pages.size() * sizeof(int32_t)); }
+
+int32_t* plan_array(const Buffer& buffer, const char* field, int rank, int64_t rows) {
+    if (buffer.rank() != rank || !buffer.holds(4, "il") || buffer.extent(0) != rows)
+        throw invalid_argument(field, "needs an int32 array [" + std::to_string(rows) + (rank == 2 ? ", pages]" : "]"));
+    return buffer.data<int32_t>();
+}
+
+Ticket begin_batch(Index& index, nb::sequence users, nb::sequence chains, nb::handle cached, nb::handle stored,
+                   nb::handle page_table, double now) {
+    const nb::object user_list = nb::steal(PySequence_Fast(users.ptr(), "users: needs a sequence"));
+    const nb::object chain_list = nb::steal(PySequence_Fast(chains.ptr(), "chains: needs a sequence"));
+    if (!user_list.is_valid() || !chain_list.is_valid()) throw nb::python_error();
+    const Py_ssize_t rows = PySequence_Fast_GET_SIZE(user_list.ptr());
+    if (PySequence_Fast_GET_SIZE(chain_list.ptr()) != rows)
+        throw invalid_argument("chains", "needs one chain a user: " + std::to_string(rows));
+    const Buffer cached_out(cached, "cached", PyBUF_FORMAT | PyBUF_WRITABLE);
+    const Buffer stored_out(stored, "stored", PyBUF_FORMAT | PyBUF_WRITABLE);
+    const Buffer table_out(page_table, "page_table", PyBUF_FORMAT | PyBUF_WRITABLE);
+    BatchPlan plan{plan_array(cached_out, "cached", 1, rows), plan_array(stored_out, "stored", 1, rows),
+                   plan_array(table_out, "page_table", 2, rows), 0};
+    plan.width = static_cast<int32_t>(std::min<int64_t>(table_out.extent(1), kMaxChain));
+    if (table_out.extent(1) != plan.width) throw invalid_argument("page_table", "rows of more than 2^24 pages");
+    std::deque<Buffer> held;  // a deque, for views must not move
+    std::vector<BatchItem> items(static_cast<size_t>(rows));
+    for (Py_ssize_t i = 0; i < rows; ++i) {
+        held.emplace_back(PySequence_Fast_GET_ITEM(chain_list.ptr(), i), "chains", PyBUF_FORMAT);
+        items[i] = {user_view(PySequence_Fast_GET_ITEM(user_list.ptr(), i), "users"), chain_view(held.back(), "chains")};
+    }
+    return index.begin_batch(items, plan, now);
+}
+
+nb::object copy_tuple(const CopyPlan& plan) {
+    if (!plan.ticket) return nb::none();
+    return nb::make_tuple(plan.ticket, page_bytes(plan.gpu_pages), page_bytes(plan.host_pages), plan.first_token, plan.tokens);
+}
+
+Match lookup(const Index& index, nb::handle user, nb::handle chain) {
+    const Buffer buffer(chain, "chain", PyBUF_FORMAT);
+    return index.lookup(user_view(user, "user"), chain_view(buffer, "chain"));
+}
+
+nb::object begin_load(Index& index, nb::handle user, nb::handle chain, double now) {
+    const Buffer buffer(chain, "chain", PyBUF_FORMAT);
+    return copy_tuple(index.begin_load(user_view(user, "user"), chain_view(buffer, "chain"), now));
+}
+
+nb::tuple busy(const Index& index, nb::handle user) {
+    const Entry* entry = index.find(user_view(user, "user"));
+    return nb::make_tuple(entry && entry->load, entry && entry->store, entry && entry->batch);
+}
+
+nb::list users(const Index& index) {
+    nb::list rows;
+    for (const Entry* entry : index.live_entries())
+        rows.append(nb::make_tuple(entry->user, entry->on[kGpu].tokens, entry->on[kHost].tokens));
+    return rows;
+}
+
+nb::dict tier_stats(const TierStats& from) {
+    nb::dict to;
+    to["total"] = from.total;
+    to["free"] = from.free;
+    to["used"] = from.used;
+    to["in_flight"] = from.in_flight;
+    to["users"] = from.users;
+    to["evicted_pages"] = from.evicted_pages;
+    to["evicted_users"] = from.evicted_users;
+    return to;
+}
+
+nb::dict stats(const Index& index) {
+    const IndexStats from = index.stats();
+    nb::dict to;
+    to["gpu"] = tier_stats(from.tier[kGpu]);
+    to["host"] = tier_stats(from.tier[kHost]);
+    to["users"] = from.users;
+    to["detached"] = from.detached;
+    to["batches_in_flight"] = from.batches_in_flight;
+    to["loads_in_flight"] = from.loads_in_flight;
+    to["stores_in_flight"] = from.stores_in_flight;
+    to["corrections"] = from.corrections;
+    to["invalidated"] = from.invalidated;
+    return to;
+}
+
+void extend(nb::handle out, nb::handle rows, uint64_t seed) {
+    const Buffer to(out, "chain_out", PyBUF_FORMAT | PyBUF_WRITABLE);
+    const Buffer from(rows, "rows");
+    const ChainView chain = chain_view(to, "chain_out");
+    if (from.rank() < 1 || from.extent(0) != chain.size)
+        throw invalid_argument("rows", "needs one row for each of chain_out's " + std::to_string(chain.size) + " entries");
+    const size_t row_bytes = chain.size ? static_cast<size_t>(from.bytes() / chain.size) : 0;
+    const nb::gil_scoped_release unlocked;
+    extend_chain(to.data<uint64_t>(), from.data<uint8_t>(), static_cast<size_t>(chain.size), row_bytes, seed);
+}
+
+void raise_typed(const std::exception_ptr& thrown, void*) {
+    try {
+        std::rethrow_exception(thrown);
+    } catch (const Error& error) {
+        const nb::object type = nb::module_::import_("mtserve.errors").attr(error.kind);
+        const nb::object raised = type(error.what(), "field"_a = error.field);
+        PyErr_SetObject(type.ptr(), raised.ptr());
+    }
+}
+
+void bind_index(nb::module_& module) {
+    nb::class_<Match>(module, "Match")
+        .def(nb::init<int32_t, int32_t>(), "gpu_tokens"_a, "host_tokens"_a)
+        .def_ro("gpu_tokens", &Match::gpu_tokens)
+        .def_ro("host_tokens", &Match::host_tokens)
+        .def("__eq__",
+             [](const Match& a, const Match& b) { return a.gpu_tokens == b.gpu_tokens && a.host_tokens == b.host_tokens; },
+             nb::is_operator())
+        .def("__hash__", [](const Match& m) { return int64_t{m.gpu_tokens} << 32 | m.host_tokens; })
+        .def("__repr__", [](const Match& m) {
+            return "Match(gpu_tokens=" + std::to_string(m.gpu_tokens) + ", host_tokens=" + std::to_string(m.host_tokens) + ")";
+        });
+    nb::class_<Index>(module, "Index")
+        .def(nb::init<int64_t, int64_t, int64_t, const std::string&, bool>(), "page_tokens"_a, "gpu_pages"_a, "host_pages"_a,
+             "policy"_a, "track_freed"_a)
+        .def_prop_ro("page_tokens", &Index::page_tokens)
+        .def("lookup", &lookup, "user"_a, "chain"_a)
+        .def("_busy", &busy, "user"_a)
+        .def("_begin_batch", &begin_batch, "users"_a, "chains"_a, "cached"_a, "stored"_a, "page_table"_a, "now"_a)
+        .def("end_batch", &Index::end_batch, "ticket"_a, "success"_a)
+        .def("_begin_load", &begin_load, "user"_a, "chain"_a, "now"_a)
+        .def("end_load", &Index::end_load, "ticket"_a, "success"_a)
+        .def("_begin_store",
+             [](Index& index, nb::handle user, double now) { return copy_tuple(index.begin_store(user_view(user, "user"), now)); },
+             "user"_a, "now"_a)
+        .def("end_store", &Index::end_store, "ticket"_a, "success"_a)
+        .def("invalidate", [](Index& index, nb::handle user) { return index.invalidate(user_view(user, "user")); }, "user"_a)
+        .def("invalidate_all", &Index::invalidate_all)
+        .def("users", &users)
+        .def("_stats", &stats)
+        .def("_drain_freed",
+             [](Index& index, const std::string& tier) { return page_bytes(index.drain_freed(parse_tier(tier))); }, "tier"_a)
+        .def("check", &Index::check)
+        .def("_sabotage", &Index::sabotage, "what"_a);
+}
+
+void bind_allocator(nb::module_& module) {
+    nb::class_<PageAllocator>(module, "PageAllocator")
+        .def(nb::init<int64_t, bool>(), "pages"_a, "track_freed"_a = false)
+        .def_prop_ro("total", &PageAllocator::total)
+        .def_prop_ro("free", &PageAllocator::free)
+        .def("is_free", &PageAllocator::is_free, "page"_a)
+        .def("take", &PageAllocator::take, "hint"_a = 0)
+        .def("release", &PageAllocator::release, "page"_a)
+        .def("_drain_freed", [](PageAllocator& allocator) { return page_bytes(allocator.drain_freed()); })
+        .def("check", &PageAllocator::check);
+}
+
+}  // namespace
+}  // namespace mtserve
+
+NB_MODULE(_core, module) {
+    using namespace mtserve;
+    nb::register_exception_translator(&raise_typed);
+    module.def("digest", [](nb::handle data, uint64_t seed) {
+        const Buffer buffer(data, "data");
+        return xxh64(buffer.data<uint8_t>(), static_cast<size_t>(buffer.bytes()), seed);
+    }, "data"_a, "seed"_a = 0);
+    module.def("extend_chain", &extend, "chain_out"_a, "rows"_a, "seed"_a);
+    bind_allocator(module);
+    bind_index(module);
+}

@@ -1,0 +1,163 @@
+// Statistics, the walk over every invariant, and the means to break one on purpose.
+#include <algorithm>
+
+#include "errors.h"
+#include "index.h"
+
+namespace mtserve {
+
+namespace {
+
+void require(bool holds, const char* where, const std::string& broken) {
+    if (!holds) throw corrupt_state(where, broken);
+}
+
+std::string of(const Entry& entry) { return " (user '" + entry.user + "')"; }
+
+}  // namespace
+
+std::vector<const Entry*> Index::live_entries() const {
+    std::vector<const Entry*> live;
+    live.reserve(table_.size());
+    for (const auto& entry : entries_)
+        if (entry && entry->live) live.push_back(entry.get());
+    return live;
+}
+
+IndexStats Index::stats() const {
+    IndexStats stats;
+    for (Tier tier : kTiers) {
+        const TierState& from = tiers_[tier];
+        TierStats& to = stats.tier[tier];
+        to.total = from.allocator.total();
+        to.free = from.allocator.free();
+        to.used = static_cast<int32_t>(from.used);
+        to.in_flight = to.total - to.free - to.used;
+        to.users = from.users;
+        to.evicted_pages = from.evicted_pages;
+        to.evicted_users = from.evicted_users;
+    }
+    stats.users = static_cast<int64_t>(table_.size());
+    stats.detached = detached_;
+    stats.batches_in_flight = static_cast<int64_t>(batches_.size());
+    stats.loads_in_flight = static_cast<int64_t>(copies_[kGpu].size());
+    stats.stores_in_flight = static_cast<int64_t>(copies_[kHost].size());
+    stats.corrections = corrections_;
+    stats.invalidated = invalidated_;
+    return stats;
+}
+
+void Index::check() const {
+    std::array<std::vector<bool>, 2> owned;
+    for (Tier tier : kTiers) owned[tier].assign(tiers_[tier].allocator.total(), false);
+    size_t live = 0, occupied = 0;
+    for (Slot slot = 0; slot < entries_.size(); ++slot) {
+        if (!entries_[slot]) continue;
+        require(entries_[slot]->slot == slot, "slots", "entry in another entry's slot" + of(*entries_[slot]));
+        check_entry(*entries_[slot], owned);
+        ++occupied;
+        live += entries_[slot]->live;
+    }
+    require(live == table_.size(), "table", std::to_string(table_.size()) + " users listed, " + std::to_string(live) + " live");
+    require(occupied - live == static_cast<size_t>(detached_), "detached", "counter disagrees with the entries");
+    require(occupied + free_slots_.size() == entries_.size(), "slots", "free slots do not sum with the occupied ones");
+    for (Tier tier : kTiers) check_tier(tier, owned[tier]);
+    check_tickets();
+}
+
+void Index::check_entry(const Entry& entry, std::array<std::vector<bool>, 2>& owned) const {
+    const auto at = table_.find(entry.user);
+    require((at != table_.end() && at->second == &entry) == entry.live, "table", "live and findable disagree" + of(entry));
+    require(!(entry.load && (entry.batch || entry.store)), "tickets", "a load shares its user with other work" + of(entry));
+    require(entry.pinned() || (entry.live && !entry.empty()), "entries", "should have vanished" + of(entry));
+    const size_t longest = std::max(entry.on[kGpu].tokens, entry.on[kHost].tokens);
+    require(entry.chain.size() == longest, "chain", std::to_string(entry.chain.size()) + " long for " + std::to_string(longest) +
+                                                        " tokens" + of(entry));
+    for (Tier tier : kTiers) {
+        const Holding& holding = entry.on[tier];
+        const size_t committed = pages_for(holding.tokens);
+        require(entry.live || holding.tokens == 0, kTierNames[tier], "a detached entry has tokens" + of(entry));
+        require(entry.pinned() ? holding.pages.size() >= committed : holding.pages.size() == committed, kTierNames[tier],
+                std::to_string(holding.pages.size()) + " pages for " + std::to_string(holding.tokens) + " tokens" + of(entry));
+        const bool should_list = entry.live && !holding.pages.empty();
+        require(holding.listed == should_list && tiers_[tier].policy->contains(entry.slot) == should_list, "policy",
+                std::string(kTierNames[tier]) + " policy lists the wrong entries" + of(entry));
+        for (int32_t page : holding.pages) {
+            require(page >= 0 && page < tiers_[tier].allocator.total(), kTierNames[tier], "page outside the tier" + of(entry));
+            require(!owned[tier][page], kTierNames[tier], "page " + std::to_string(page) + " is in two places" + of(entry));
+            require(!tiers_[tier].allocator.is_free(page), kTierNames[tier], "page " + std::to_string(page) + " is held and free" + of(entry));
+            owned[tier][page] = true;
+        }
+    }
+}
+
+void Index::check_tier(Tier tier, const std::vector<bool>& owned) const {
+    const TierState& state = tiers_[tier];
+    const char* name = kTierNames[tier];
+    state.allocator.check();
+    state.policy->check();
+    int64_t used = 0, users = 0, listed = 0;
+    for (const auto& entry : entries_) {
+        if (!entry) continue;
+        used += pages_for(entry->on[tier].tokens);
+        users += entry->on[tier].tokens > 0;
+        listed += entry->on[tier].listed;
+    }
+    const int64_t held = std::count(owned.begin(), owned.end(), true);
+    require(held + state.allocator.free() == state.allocator.total(), name,
+            std::to_string(state.allocator.free()) + " free + " + std::to_string(held) + " held is not the total of " +
+                std::to_string(state.allocator.total()) + " pages");
+    require(used == state.used, name, "counter of used pages disagrees with the entries");
+    require(users == state.users, name, "counter of users disagrees with the entries");
+    require(static_cast<size_t>(listed) == state.policy->size(), "policy", std::string(name) + " policy lists strangers");
+}
+
+void Index::check_tickets() const {
+    size_t pins[3] = {0, 0, 0}, members = 0;
+    for (const auto& entry : entries_) {
+        if (!entry) continue;
+        pins[0] += entry->batch != 0;
+        pins[1] += entry->load != 0;
+        pins[2] += entry->store != 0;
+    }
+    for (const auto& [ticket, batch] : batches_) {
+        members += batch.members.size();
+        for (const Member& member : batch.members) {
+            const Holding& gpu = member.entry->on[kGpu];
+            require(member.entry->batch == ticket, "tickets", "a batch's user is not pinned by it" + of(*member.entry));
+            require(gpu.pages.size() >= static_cast<size_t>(pages_for(member.stored)), "tickets",
+                    "a batch lost a page it writes" + of(*member.entry));
+        }
+    }
+    for (Tier to : kTiers)
+        for (const auto& [ticket, copy] : copies_[to]) {
+            const Entry& entry = *copy.entry;
+            require((to == kGpu ? entry.load : entry.store) == ticket, "tickets", "a copy's user is not pinned by it" + of(entry));
+            require(!entry.live || copy.tokens <= entry.on[1 - to].tokens, "tickets", "a copy reads past its source" + of(entry));
+            require(entry.on[to].pages.size() >= static_cast<size_t>(pages_for(copy.tokens)), "tickets",
+                    "a copy lost a page it writes" + of(entry));
+        }
+    require(members == pins[0] && copies_[kGpu].size() == pins[1] && copies_[kHost].size() == pins[2], "tickets",
+            "pins do not match the open tickets");
+}
+
+void Index::sabotage(const std::string& what) {
+    const auto live = live_entries();
+    if (live.empty() || live.front()->on[kGpu].pages.empty())
+        throw invalid_argument("what", "sabotage needs a first user with GPU pages");
+    Entry& entry = *entries_[live.front()->slot];
+    Holding& gpu = entry.on[kGpu];
+    if (what == "leaked page") tiers_[kGpu].allocator.take(0);
+    else if (what == "shared page") gpu.pages.back() = gpu.pages.front();
+    else if (what == "freed page") tiers_[kGpu].allocator.release(gpu.pages.back());
+    else if (what == "foreign page") gpu.pages.back() = tiers_[kGpu].allocator.total();
+    else if (what == "long tokens") set_tokens(entry, kGpu, gpu.tokens + page_tokens_);
+    else if (what == "short chain") entry.chain.pop_back();
+    else if (what == "unlisted") tiers_[kGpu].policy->remove(entry.slot);
+    else if (what == "used counter") ++tiers_[kGpu].used;
+    else if (what == "stray pin") entry.store = next_ticket_++;
+    else if (what == "unfindable") table_.erase(entry.user);
+    else throw invalid_argument("what", "'" + what + "' is not a known sabotage");
+}
+
+}  // namespace mtserve

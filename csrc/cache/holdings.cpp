@@ -1,0 +1,126 @@
+// How entries gain and lose pages, and how the policies and counters learn of it.
+#include <algorithm>
+
+#include "index.h"
+
+namespace mtserve {
+
+namespace {
+
+struct Unpinned final : Policy::Evictable {
+    explicit Unpinned(const std::vector<std::unique_ptr<Entry>>& entries) : entries(entries) {}
+    bool operator()(Slot slot) const override { return !entries[slot]->pinned(); }
+    const std::vector<std::unique_ptr<Entry>>& entries;
+};
+
+Facts facts(const Entry& entry, Tier tier) { return {entry.key, static_cast<int32_t>(entry.on[tier].pages.size())}; }
+
+}  // namespace
+
+Entry& Index::create(std::string_view user) {
+    auto made = std::make_unique<Entry>();
+    Entry& entry = *made;
+    entry.user = user;
+    entry.key = xxh64(user.data(), user.size(), 0);
+    if (free_slots_.empty()) {
+        entry.slot = static_cast<Slot>(entries_.size());
+        entries_.push_back(std::move(made));
+    } else {
+        entry.slot = free_slots_.back();
+        free_slots_.pop_back();
+        entries_[entry.slot] = std::move(made);
+    }
+    table_.emplace(entry.user, &entry);
+    return entry;
+}
+
+void Index::erase(Entry& entry) {
+    if (entry.live) table_.erase(entry.user);
+    else --detached_;
+    const Slot slot = entry.slot;
+    entries_[slot].reset();
+    free_slots_.push_back(slot);
+}
+
+// Grows the holding to `pages` pages, evicting others where needed; to fewer when no more can be had.
+void Index::acquire(Entry& entry, Tier tier, int32_t pages, double now) {
+    auto& held = entry.on[tier].pages;
+    PageAllocator& allocator = tiers_[tier].allocator;
+    const int64_t missing = static_cast<int64_t>(pages) - static_cast<int64_t>(held.size());
+    if (missing > allocator.free()) evict(tier, missing - allocator.free(), now);
+    for (int64_t left = std::min<int64_t>(missing, allocator.free()); left > 0; --left)
+        held.push_back(allocator.take(held.empty() ? 0 : held.back() + 1));
+    list(entry, tier, now);
+}
+
+void Index::evict(Tier tier, int64_t shortfall, double now) {
+    const Unpinned evictable(entries_);
+    while (shortfall > 0) {
+        const Slot slot = tiers_[tier].policy->victim(evictable, now);
+        if (slot == kNoSlot) return;
+        Entry& victim = *entries_[slot];
+        const int32_t pages = static_cast<int32_t>(std::min<int64_t>(shortfall, victim.on[tier].pages.size()));
+        evict_tail(victim, tier, pages);
+        shortfall -= pages;
+    }
+}
+
+// What stays is still a prefix, so the user's next request saves what it covers.
+void Index::evict_tail(Entry& victim, Tier tier, int32_t pages) {
+    Holding& holding = victim.on[tier];
+    const int64_t kept = static_cast<int64_t>(holding.pages.size()) - pages;
+    set_tokens(victim, tier, static_cast<int32_t>(std::min<int64_t>(holding.tokens, kept * page_tokens_)));
+    settle(victim, tier);
+    fit_chain(victim);
+    tiers_[tier].evicted_pages += pages;
+    tiers_[tier].evicted_users += kept == 0;
+    if (victim.empty()) erase(victim);
+}
+
+void Index::touch(Entry& entry, double now) {
+    for (Tier tier : kTiers)
+        if (entry.on[tier].listed) tiers_[tier].policy->access(entry.slot, facts(entry, tier), now);
+}
+
+void Index::list(Entry& entry, Tier tier, double now) {
+    Holding& holding = entry.on[tier];
+    if (holding.listed || !entry.live || holding.pages.empty()) return;
+    tiers_[tier].policy->insert(entry.slot, facts(entry, tier), now);
+    holding.listed = true;
+}
+
+void Index::unlist(Entry& entry, Tier tier) {
+    if (!entry.on[tier].listed) return;
+    tiers_[tier].policy->remove(entry.slot);
+    entry.on[tier].listed = false;
+}
+
+void Index::set_tokens(Entry& entry, Tier tier, int32_t tokens) {
+    Holding& holding = entry.on[tier];
+    tiers_[tier].used += pages_for(tokens) - pages_for(holding.tokens);
+    tiers_[tier].users += (tokens > 0) - (holding.tokens > 0);
+    holding.tokens = tokens;
+}
+
+void Index::fit_chain(Entry& entry) {
+    auto& chain = entry.chain;
+    chain.resize(std::max(entry.on[kGpu].tokens, entry.on[kHost].tokens));
+    if (chain.capacity() > 2 * chain.size() + 64) chain.shrink_to_fit();
+}
+
+// Gives back the pages beyond the committed tokens. Only where no open ticket may use them.
+void Index::settle(Entry& entry, Tier tier) {
+    Holding& holding = entry.on[tier];
+    const size_t kept = pages_for(holding.tokens);
+    for (; holding.pages.size() > kept; holding.pages.pop_back()) tiers_[tier].allocator.release(holding.pages.back());
+    if (holding.pages.empty()) unlist(entry, tier);
+}
+
+// Call after closing a ticket (or detaching): the last one settles the entry.
+void Index::unpin(Entry& entry) {
+    if (entry.pinned()) return;
+    for (Tier tier : kTiers) settle(entry, tier);
+    if (entry.empty()) erase(entry);
+}
+
+}  // namespace mtserve

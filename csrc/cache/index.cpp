@@ -1,0 +1,226 @@
+// The index's questions and two-phase operations; see index.h for who owns what.
+#include "index.h"
+
+#include <algorithm>
+#include <unordered_set>
+#include <utility>
+
+#include "errors.h"
+
+namespace mtserve {
+
+namespace {
+
+constexpr int64_t kMaxPageTokens = 1 << 16;
+constexpr size_t kMaxUserBytes = 256;
+constexpr size_t kMaxBatch = 1 << 16;
+constexpr const char* kCopyNames[] = {"load", "store"};
+
+int32_t checked_page_tokens(int64_t page_tokens) {
+    if (page_tokens < 1 || page_tokens > kMaxPageTokens)
+        throw invalid_argument("page_tokens", std::to_string(page_tokens) + " is outside 1 to 65536");
+    return static_cast<int32_t>(page_tokens);
+}
+
+bool is_user(std::string_view user) { return !user.empty() && user.size() <= kMaxUserBytes; }
+
+Error not_user(std::string field, std::string_view user) {
+    return invalid_argument(std::move(field), std::to_string(user.size()) + " bytes; a user id has 1 to 256");
+}
+
+std::string nth(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+
+Error not_open(const char* kind, Ticket ticket, Ticket next) {
+    const char* why = ticket < next && ticket > 0 ? " (ended already, or of another kind)" : " (never issued)";
+    return failed_precondition("ticket", std::to_string(ticket) + " is not an open " + kind + why);
+}
+
+}  // namespace
+
+Index::Index(int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy, bool track_freed)
+    : page_tokens_(checked_page_tokens(page_tokens)),
+      tiers_{TierState(gpu_pages, policy, track_freed), TierState(host_pages, policy, track_freed)} {}
+
+const Entry* Index::find(std::string_view user) const {
+    if (!is_user(user)) throw not_user("user", user);
+    const auto at = table_.find(user);
+    return at == table_.end() ? nullptr : at->second;
+}
+
+Entry* Index::find(std::string_view user) { return const_cast<Entry*>(std::as_const(*this).find(user)); }
+
+Match Index::lookup(std::string_view user, ChainView chain) const {
+    const Entry* entry = find(user);
+    if (!entry) return {};
+    const int32_t shared = common_prefix(entry->view(), chain);
+    return {std::min(entry->on[kGpu].tokens, shared), std::min(entry->on[kHost].tokens, shared)};
+}
+
+// ---- batches
+
+Ticket Index::begin_batch(const std::vector<BatchItem>& items, const BatchPlan& plan, double now) {
+    const Ticket ticket = next_ticket_++;
+    std::vector<Entry*> entries = admit(items, plan.width, ticket);
+    Batch& batch = batches_[ticket];
+    batch.members.reserve(items.size());
+    // All are pinned before any allocates, so that the batch's users do not evict each other.
+    for (size_t row = 0; row < items.size(); ++row) {
+        if (!entries[row]) entries[row] = &create(items[row].user);
+        correct(*entries[row], items[row].chain);
+        entries[row]->batch = ticket;
+    }
+    for (size_t row = 0; row < items.size(); ++row)
+        plan_member(batch, *entries[row], items[row].chain, plan, row, now);
+    return ticket;
+}
+
+// Every refusal happens here, before anything changed. Returns each user's entry, null for users without one.
+std::vector<Entry*> Index::admit(const std::vector<BatchItem>& items, int32_t width, Ticket ticket) {
+    if (items.empty() || items.size() > kMaxBatch)
+        throw invalid_argument("users", std::to_string(items.size()) + " users; a batch has 1 to 65536");
+    std::vector<Entry*> entries;
+    entries.reserve(items.size());
+    std::unordered_set<std::string_view> strangers;
+    for (size_t i = 0; i < items.size(); ++i) {
+        const std::string_view user = items[i].user;
+        if (!is_user(user)) throw not_user(nth("users", i), user);
+        if (pages_for(items[i].chain.size) > width)
+            throw invalid_argument(nth("chains", i), std::to_string(items[i].chain.size) + " tokens do not fit a row of " +
+                                                         std::to_string(width) + " pages of " + std::to_string(page_tokens_));
+        Entry* entry = find(user);
+        const bool repeated = entry ? entry->named == ticket : !strangers.insert(user).second;
+        if (repeated) throw invalid_argument(nth("users", i), "is in the batch twice");
+        if (entry && entry->batch) throw failed_precondition(nth("users", i), "is in a batch in flight");
+        if (entry && entry->load) throw failed_precondition(nth("users", i), "has a load in flight");
+        if (entry) entry->named = ticket;
+        entries.push_back(entry);
+    }
+    return entries;
+}
+
+// A history that differs from the entry's chain was corrected upstream: what follows the common prefix is void.
+void Index::correct(Entry& entry, ChainView chain) {
+    const int32_t shared = common_prefix(entry.view(), chain);
+    if (shared >= std::min(entry.view().size, chain.size)) return;
+    ++corrections_;
+    for (Tier tier : kTiers) set_tokens(entry, tier, std::min(entry.on[tier].tokens, shared));
+    fit_chain(entry);
+    if (entry.store) {
+        Copy& store = copies_[kHost].at(entry.store);
+        store.tokens = std::min(store.tokens, shared);
+    } else {
+        for (Tier tier : kTiers) settle(entry, tier);
+    }
+}
+
+void Index::plan_member(Batch& batch, Entry& entry, ChainView chain, const BatchPlan& plan, size_t row, double now) {
+    const int32_t wanted = pages_for(chain.size);
+    touch(entry, now);
+    acquire(entry, kGpu, wanted, now);
+    const auto& pages = entry.on[kGpu].pages;
+    const int64_t room = static_cast<int64_t>(pages.size()) * page_tokens_;
+    const int32_t stored = static_cast<int32_t>(std::min<int64_t>(room, chain.size));
+    plan.cached[row] = std::min(entry.on[kGpu].tokens, chain.size);
+    plan.stored[row] = stored;
+    int32_t* ids = plan.page_table + row * static_cast<size_t>(plan.width);
+    std::fill(std::copy_n(pages.begin(), pages_for(stored), ids), ids + plan.width, -1);
+
+    const size_t begin = batch.tails.size();
+    if (stored > entry.view().size) batch.tails.insert(batch.tails.end(), chain.data + entry.chain.size(), chain.data + stored);
+    batch.members.push_back({&entry, stored, begin, batch.tails.size()});
+}
+
+void Index::end_batch(Ticket ticket, bool success) {
+    const auto at = batches_.find(ticket);
+    if (at == batches_.end()) throw not_open("batch", ticket, next_ticket_);
+    const Batch batch = std::move(at->second);
+    batches_.erase(at);
+    for (const Member& member : batch.members) {
+        Entry& entry = *member.entry;
+        if (success && entry.live) {
+            entry.chain.insert(entry.chain.end(), batch.tails.begin() + member.tail_begin, batch.tails.begin() + member.tail_end);
+            set_tokens(entry, kGpu, std::max(entry.on[kGpu].tokens, member.stored));
+        }
+        entry.batch = 0;
+        unpin(entry);
+    }
+}
+
+// ---- copies between the tiers
+
+CopyPlan Index::begin_load(std::string_view user, ChainView chain, double now) {
+    Entry* entry = find(user);
+    if (!entry || entry->pinned()) return {};
+    const int32_t target = std::min(entry->on[kHost].tokens, common_prefix(entry->view(), chain));
+    CopyPlan plan = begin_copy(*entry, kGpu, target, now);
+    if (plan.ticket) touch(*entry, now);
+    return plan;
+}
+
+CopyPlan Index::begin_store(std::string_view user, double now) {
+    Entry* entry = find(user);
+    if (!entry || entry->load || entry->store) return {};
+    return begin_copy(*entry, kHost, entry->on[kGpu].tokens, now);
+}
+
+// Plans the copy of tokens [what `to` has, target) into `to`, shortened to the room that can be had.
+CopyPlan Index::begin_copy(Entry& entry, Tier to, int32_t target, double now) {
+    const int32_t present = entry.on[to].tokens;
+    if (target <= present) return {};
+    Ticket& pin = to == kGpu ? entry.load : entry.store;
+    pin = next_ticket_++;
+    acquire(entry, to, pages_for(target), now);
+    const int64_t room = static_cast<int64_t>(entry.on[to].pages.size()) * page_tokens_;
+    target = static_cast<int32_t>(std::min<int64_t>(target, room));
+    if (target <= present) {  // not a single page to be had, so none was evicted either
+        pin = 0;
+        return {};
+    }
+    copies_[to][pin] = {&entry, target};
+    const int32_t first = present / page_tokens_, last = pages_for(target);
+    const auto cut = [&](Tier tier) {
+        const auto pages = entry.on[tier].pages.begin();
+        return std::vector<int32_t>(pages + first, pages + last);
+    };
+    return {pin, present, target, cut(kGpu), cut(kHost)};
+}
+
+void Index::end_load(Ticket ticket, bool success) { end_copy(kGpu, ticket, success); }
+void Index::end_store(Ticket ticket, bool success) { end_copy(kHost, ticket, success); }
+
+void Index::end_copy(Tier to, Ticket ticket, bool success) {
+    const auto at = copies_[to].find(ticket);
+    if (at == copies_[to].end()) throw not_open(kCopyNames[to], ticket, next_ticket_);
+    const Copy copy = at->second;
+    copies_[to].erase(at);
+    Entry& entry = *copy.entry;
+    (to == kGpu ? entry.load : entry.store) = 0;
+    if (success && entry.live) set_tokens(entry, to, std::max(entry.on[to].tokens, copy.tokens));
+    unpin(entry);
+}
+
+// ---- invalidation
+
+bool Index::invalidate(std::string_view user) {
+    Entry* entry = find(user);
+    if (!entry) return false;
+    ++invalidated_;
+    for (Tier tier : kTiers) {
+        set_tokens(*entry, tier, 0);
+        unlist(*entry, tier);
+    }
+    fit_chain(*entry);
+    table_.erase(entry->user);
+    entry->live = false;
+    ++detached_;
+    unpin(*entry);
+    return true;
+}
+
+int64_t Index::invalidate_all() {
+    const auto entries = live_entries();
+    for (const Entry* entry : entries) invalidate(entry->user);
+    return static_cast<int64_t>(entries.size());
+}
+
+}  // namespace mtserve

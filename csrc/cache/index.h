@@ -1,0 +1,194 @@
+// Which tokens of which user have valid states in which tier. Ids and states, never bytes.
+//
+// Each tier holds a true prefix [0, tokens) of the user's token sequence: page i of `pages` covers
+// tokens [i * page_tokens, (i + 1) * page_tokens). Work on bytes happens outside, between a begin_*
+// and its end_*; whatever a begin_* allocated is unfindable until its end_* succeeds.
+//
+// Who owns what while a ticket of the user is open (P: what the user's entry holds as committed prefix):
+//
+//   open ticket | reads                     | writes                          | meanwhile allowed
+//   batch       | GPU P                     | GPU tokens [cached, stored)     | store
+//   load        | host P                    | GPU tokens [gpu P, target)      | -
+//   store       | GPU [host P, gpu P)       | host tokens [host P, target)    | batch
+//
+//   - Any open ticket pins the entry on both tiers: eviction passes it by.
+//   - Committed pages are "used". Pages held beyond ceil(tokens / page_tokens) are "in flight"; they go
+//     back when the entry's last ticket ends, so no open job ever sees a page of its own reassigned.
+//   - A load or store overwrites the destination's half-filled tail page from its twin in the other tier.
+//     The tokens already valid there get the same states again, and nobody else reads that page: a load
+//     excludes batches and stores, and a store excludes loads, the only readers of host pages.
+//   - batch + store: the batch writes GPU tokens at and beyond the committed prefix, the store publishes
+//     only tokens below it; a tail page copied while the batch fills it is copied again by the next store.
+//   - A correction (begin_batch with a chain that differs at token L) during a store: the batch rewrites
+//     GPU tokens from L on, perhaps under the store's reads, so the store's target falls to at most L.
+//   - invalidate: the entry leaves the table at once with nothing committed ("detached"); its tickets still
+//     hold its pages, publish nothing, and the last end_* frees them. A new entry of the user is independent.
+//
+// Single-threaded: one loop owns the index.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "allocator.h"
+#include "chain.h"
+#include "policy.h"
+
+namespace mtserve {
+
+using Ticket = uint64_t;
+enum Tier { kGpu = 0, kHost = 1 };
+constexpr std::array<Tier, 2> kTiers = {kGpu, kHost};
+constexpr const char* kTierNames[] = {"gpu", "host"};
+
+struct Holding {
+    std::vector<int32_t> pages;
+    int32_t tokens = 0;
+    bool listed = false;  // known to the tier's policy
+};
+
+struct Entry {
+    std::string user;
+    uint64_t key = 0;
+    Slot slot = kNoSlot;
+    bool live = true;                          // false: detached by invalidate
+    Ticket batch = 0, load = 0, store = 0;     // open tickets, 0 for none
+    Ticket named = 0;                          // last begin_batch that listed the user
+    std::vector<uint64_t> chain;               // as long as the longer tier's prefix
+    Holding on[2];
+
+    bool pinned() const { return batch || load || store; }
+    bool empty() const { return on[kGpu].pages.empty() && on[kHost].pages.empty(); }
+    ChainView view() const { return {chain.data(), static_cast<int32_t>(chain.size())}; }
+};
+
+struct Match {
+    int32_t gpu_tokens = 0, host_tokens = 0;
+};
+
+struct BatchItem {
+    std::string_view user;
+    ChainView chain;
+};
+
+// Where begin_batch writes its plan: cached [B], stored [B], page_table [B, width].
+struct BatchPlan {
+    int32_t* cached;
+    int32_t* stored;
+    int32_t* page_table;
+    int32_t width;
+};
+
+// One load or store: pages i of both lists are twins, from page first_token / page_tokens on.
+struct CopyPlan {
+    Ticket ticket = 0;  // 0: nothing to do
+    int32_t first_token = 0, tokens = 0;
+    std::vector<int32_t> gpu_pages, host_pages;
+};
+
+struct TierStats {
+    int32_t total = 0, free = 0, used = 0, in_flight = 0;
+    int64_t users = 0, evicted_pages = 0, evicted_users = 0;
+};
+
+struct IndexStats {
+    TierStats tier[2];
+    int64_t users = 0, detached = 0, batches_in_flight = 0, loads_in_flight = 0, stores_in_flight = 0;
+    int64_t corrections = 0, invalidated = 0;
+};
+
+class Index {
+public:
+    Index(int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy, bool track_freed);
+
+    Match lookup(std::string_view user, ChainView chain) const;
+    const Entry* find(std::string_view user) const;
+
+    Ticket begin_batch(const std::vector<BatchItem>& items, const BatchPlan& plan, double now);
+    void end_batch(Ticket ticket, bool success);
+    CopyPlan begin_load(std::string_view user, ChainView chain, double now);
+    void end_load(Ticket ticket, bool success);
+    CopyPlan begin_store(std::string_view user, double now);
+    void end_store(Ticket ticket, bool success);
+
+    bool invalidate(std::string_view user);
+    int64_t invalidate_all();
+
+    std::vector<const Entry*> live_entries() const;
+    std::vector<int32_t> drain_freed(Tier tier) { return tiers_[tier].allocator.drain_freed(); }
+    IndexStats stats() const;
+    int32_t page_tokens() const { return page_tokens_; }
+
+    // Walks everything; throws CorruptState naming the first broken invariant.
+    void check() const;
+    // Breaks one invariant on purpose, so that tests can see check() find it.
+    void sabotage(const std::string& what);
+
+private:
+    struct TierState {
+        TierState(int64_t pages, const std::string& policy_name, bool track_freed)
+            : allocator(pages, track_freed), policy(make_policy(policy_name)) {}
+        PageAllocator allocator;
+        std::unique_ptr<Policy> policy;
+        int64_t used = 0;   // committed pages
+        int64_t users = 0;  // live entries with committed tokens
+        int64_t evicted_pages = 0, evicted_users = 0;
+    };
+    struct Member {
+        Entry* entry;
+        int32_t stored;
+        size_t tail_begin, tail_end;  // what success appends to the chain, in Batch::tails
+    };
+    struct Batch {
+        std::vector<Member> members;
+        std::vector<uint64_t> tails;
+    };
+    struct Copy {
+        Entry* entry;
+        int32_t tokens;  // prefix after success; corrections lower a store's
+    };
+    using Copies = std::unordered_map<Ticket, Copy>;
+
+    int32_t pages_for(int64_t tokens) const { return static_cast<int32_t>((tokens + page_tokens_ - 1) / page_tokens_); }
+    Entry* find(std::string_view user);
+    Entry& create(std::string_view user);
+    void erase(Entry& entry);
+
+    std::vector<Entry*> admit(const std::vector<BatchItem>& items, int32_t width, Ticket ticket);
+    void correct(Entry& entry, ChainView chain);
+    void plan_member(Batch& batch, Entry& entry, ChainView chain, const BatchPlan& plan, size_t row, double now);
+    CopyPlan begin_copy(Entry& entry, Tier to, int32_t target, double now);
+    void end_copy(Tier to, Ticket ticket, bool success);
+
+    void acquire(Entry& entry, Tier tier, int32_t pages, double now);
+    void evict(Tier tier, int64_t shortfall, double now);
+    void evict_tail(Entry& victim, Tier tier, int32_t pages);
+    void touch(Entry& entry, double now);
+    void list(Entry& entry, Tier tier, double now);
+    void unlist(Entry& entry, Tier tier);
+    void set_tokens(Entry& entry, Tier tier, int32_t tokens);
+    void fit_chain(Entry& entry);
+    void settle(Entry& entry, Tier tier);
+    void unpin(Entry& entry);
+
+    void check_entry(const Entry& entry, std::array<std::vector<bool>, 2>& owned) const;
+    void check_tier(Tier tier, const std::vector<bool>& owned) const;
+    void check_tickets() const;
+
+    int32_t page_tokens_;
+    TierState tiers_[2];
+    std::vector<std::unique_ptr<Entry>> entries_;  // by slot
+    std::vector<Slot> free_slots_;
+    std::unordered_map<std::string_view, Entry*> table_;  // keys point into the entries; live ones only
+    Ticket next_ticket_ = 1;
+    std::unordered_map<Ticket, Batch> batches_;
+    Copies copies_[2];  // by destination: loads to kGpu, stores to kHost
+    int64_t detached_ = 0, corrections_ = 0, invalidated_ = 0;
+};
+
+}  // namespace mtserve

@@ -1,0 +1,185 @@
+"""The tiered index: which tokens of which user have valid states on the GPU and on the host.
+
+Ids and states, never bytes. Everything that moves or computes bytes is two-phase: `begin_*`
+hands out page ids and a ticket, the caller does the work, `end_*(ticket, success)` publishes it
+or takes it back; what lies between is found by nobody. The rules of who owns which pages
+meanwhile are the table at the top of `csrc/cache/index.h`.
+
+Single-threaded: the engine's loop owns the index, and no method may be called from elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mtserve import _core
+from mtserve._core import Match
+from mtserve.types import Chain, Clock
+
+__all__ = ["Busy", "IndexStats", "Load", "Match", "Store", "TierStats", "TieredIndex"]
+
+PageIds = npt.NDArray[np.int32]
+
+
+class Busy(NamedTuple):
+    """The open tickets of one user."""
+
+    loading: bool
+    storing: bool
+    in_batch: bool
+
+    @property
+    def any(self) -> bool:
+        return self.loading or self.storing or self.in_batch
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy between the tiers: `gpu_pages[i]` and `host_pages[i]`, int32, are twins.
+
+    It brings tokens [first_token, tokens) to the destination, which holds [0, tokens) after success.
+    The pages cover tokens from `first_token // page_tokens * page_tokens` on: the destination's
+    half-filled tail page, where there is one, is overwritten whole. Copy whole pages; what lies
+    behind the last token of the last page has no meaning.
+    """
+
+    ticket: int
+    user: str
+    gpu_pages: PageIds
+    host_pages: PageIds
+    first_token: int
+    tokens: int
+
+
+C = TypeVar("C", bound=Copy)
+
+
+class Load(Copy):
+    """Host to GPU."""
+
+
+class Store(Copy):
+    """GPU to host."""
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """Pages of one tier: free + used + in_flight == total. Evictions count since the start."""
+
+    total: int
+    free: int
+    used: int  # hold committed tokens
+    in_flight: int  # held by open tickets, or by users invalidated under them
+    users: int  # with committed tokens here
+    evicted_pages: int
+    evicted_users: int  # that lost their last page here
+
+
+@dataclass(frozen=True)
+class IndexStats:
+    gpu: TierStats
+    host: TierStats
+    users: int  # findable, those without tokens yet included
+    detached: int  # invalidated, pages not yet released
+    batches_in_flight: int
+    loads_in_flight: int
+    stores_in_flight: int
+    corrections: int  # histories found to differ from what the states were computed from
+    invalidated: int
+
+
+class TieredIndex(_core.Index):
+    """Users' committed prefixes in two tiers of `gpu_pages` and `host_pages` pages of `page_tokens` tokens.
+
+    Inherited from the C++ core, and as public as the rest:
+    `lookup(user, chain) -> Match`: tokens of `chain`'s prefix that each tier holds; changes nothing.
+    `end_batch | end_load | end_store(ticket, success)`: FailedPrecondition, and no change, when the
+    ticket is not open (ended twice, or of another kind).
+    `invalidate(user) -> bool`, `invalidate_all() -> int`: unfindable at once; pages in use are freed
+    when their last ticket ends, which publishes nothing.
+    `users() -> [(user, gpu_tokens, host_tokens)]`: a snapshot of everything findable.
+    `check()`: walks everything; CorruptState names the first broken invariant.
+
+    A user id is 1 to 256 bytes of UTF-8, a chain uint64 [tokens] of at most 2^24; InvalidArgument otherwise.
+    `host_pages=0` turns the host tier off. `track_freed` makes `drain_freed` report.
+    """
+
+    def __init__(
+        self,
+        page_tokens: int,
+        gpu_pages: int,
+        host_pages: int,
+        policy: str = "lru",
+        clock: Clock = time.time,
+        track_freed: bool = False,
+    ) -> None:
+        super().__init__(page_tokens, gpu_pages, host_pages, policy, track_freed)
+        self._clock = clock
+
+    def is_busy(self, user: str) -> Busy:
+        """The user's open tickets. A pure question, as `lookup` is."""
+        return Busy(*self._busy(user))
+
+    def begin_batch(
+        self,
+        users: Sequence[str],
+        chains: Sequence[Chain],
+        cached: npt.NDArray[np.int32],
+        stored: npt.NDArray[np.int32],
+        page_table: npt.NDArray[np.int32],
+    ) -> int:
+        """Pin B distinct users and plan where the tokens of their chains lie; the ticket for `end_batch`.
+
+        Written: `cached` [B], tokens whose states are there; `stored` [B], tokens that have a page,
+        cached <= stored <= len(chain), so states of tokens [cached, stored) are to be written and
+        those beyond find no room; `page_table` [B, W], page ids of tokens [0, stored), then -1.
+        All int32, C-contiguous. Room is made by evicting tail pages of users not in flight, no more
+        than needed. A history that differs from what is cached cuts the user back to what is still true.
+
+        Raises InvalidArgument (a user twice, a chain longer than W pages) or FailedPrecondition (a user
+        in another batch, or loading) before anything changed. A store in flight is no obstacle.
+        """
+        return self._begin_batch(users, chains, cached, stored, page_table, self._clock())
+
+    def begin_load(self, user: str, chain: Chain) -> Load | None:
+        """Plan host to GPU for what `chain` shares with the host copy; perhaps only a part for want of room.
+
+        None when the GPU has all of it already, the user is busy in any way, or there is no room at all.
+        """
+        return _copy(Load, user, self._begin_load(user, chain, self._clock()))
+
+    def begin_store(self, user: str) -> Store | None:
+        """Plan GPU to host for the tokens the host lacks; perhaps only a part for want of room.
+
+        None when it lacks none, a load or store of the user is open, or there is no room at all.
+        A batch in flight is no obstacle: it writes only behind what is stored.
+        """
+        return _copy(Store, user, self._begin_store(user, self._clock()))
+
+    def drain_freed(self, tier: str) -> PageIds:
+        """Pages of `tier` ("gpu" or "host") freed since the last call, int32, for tests that poison them.
+
+        A page taken again since is still listed: drain after each `begin_*`, before its work is launched.
+        Empty unless `track_freed`.
+        """
+        return np.frombuffer(self._drain_freed(tier), np.int32)
+
+    def stats(self) -> IndexStats:
+        """A snapshot of every counter."""
+        facts: dict[str, Any] = self._stats()
+        return IndexStats(**facts | {"gpu": TierStats(**facts["gpu"]), "host": TierStats(**facts["host"])})
+
+
+def _copy(kind: type[C], user: str, plan: tuple[int, bytes, bytes, int, int] | None) -> C | None:
+    if plan is None:
+        return None
+    ticket, gpu_pages, host_pages, first_token, tokens = plan
+    return kind(
+        ticket, user, np.frombuffer(gpu_pages, np.int32), np.frombuffer(host_pages, np.int32), first_token, tokens
+    )
