@@ -1,0 +1,1 @@
+"""Generated gRPC stubs; `scripts/generate_proto.py` writes them."""
