@@ -13,13 +13,18 @@ from mtserve import __version__
 
 
 def commit() -> str:
-    """The checkout's commit, "-dirty" added when tracked files differ; the package version outside a checkout."""
+    """The checkout's commit, "-dirty" added when tracked files differ.
+
+    MTSERVE_COMMIT names it where the tree came without its repository; else it is the package version.
+    """
+    if "MTSERVE_COMMIT" in os.environ:
+        return os.environ["MTSERVE_COMMIT"]
     root = Path(__file__).resolve().parent.parent
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
         return head + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MTSERVE_COMMIT", f"v{__version__}")
+        return f"v{__version__}"
 
 
 def _git(root: Path, *words: str) -> str:
