@@ -111,7 +111,8 @@ class Scheduler:
         `cached(job)`: prefix tokens on the device, None while the user's states are under way.
         """
         batch = _Batch(self._config, self._static_attention)
-        for job in self._overdue() or self.jobs():
+        overdue = self._overdue(cached)
+        for job in self.jobs() if overdue is None else [overdue]:
             if batch.full:
                 break
             tokens = cached(job)
@@ -121,9 +122,12 @@ class Scheduler:
         self._remove({id(job) for slot in slots if not slot.partial for job in slot.jobs})
         return slots
 
-    def _overdue(self) -> list[Job]:
-        """The first job that no budget fits and that has let enough batches go first, alone."""
-        return [job for job in self.head() if job.passed_over >= PATIENCE][:1]
+    def _overdue(self, cached: Callable[[Job], int | None]) -> Job | None:
+        """The first ready job that no budget fits and that has let enough batches go first: its turn, alone."""
+        for job in self.head():
+            if job.passed_over >= PATIENCE and cached(job) is not None:
+                return job
+        return None
 
     def _remove(self, taken: set[int]) -> None:
         for queue in (self._scores, self._encodes) if taken else ():
