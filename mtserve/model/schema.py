@@ -151,9 +151,10 @@ class FeatureSchema:
         times = rows["time_ms"]
         if len(times) == 0:
             return rows
-        late = np.flatnonzero(np.diff(times, prepend=previous_ms) < 0)
+        before_ms = np.concatenate(([previous_ms], times[:-1]))  # compared, not subtracted: int64 would wrap
+        late = np.flatnonzero(before_ms > times)
         if len(late):
-            before = previous_ms if late[0] == 0 else int(times[late[0] - 1])
+            before = int(before_ms[late[0]])
             raise InvalidArgument(
                 f"{int(times[late[0]])} is before the previous behaviour's {before}; times must not decrease",
                 field=f"{field}[{late[0]}].time_ms",
