@@ -1,0 +1,114 @@
+"""`mtserve trace`: make, import and look into traces."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from mtserve.cli.console import Phases
+from mtserve.cli.flags import add_fields, build, check_writable, make_parser
+from mtserve.trace.generator import GeneratorConfig, generate
+from mtserve.trace.importers import IMPORTERS, import_trace
+from mtserve.trace.importers.config import ImportConfig
+from mtserve.trace.info import info, info_text
+from mtserve.trace.io import SUFFIXES, read_trace, trace_format, write_trace
+from mtserve.trace.schema import Trace
+
+EPILOG = """\
+examples:
+  mtserve trace generate --users 200 --requests 2000 --out demo.jsonl.gz
+  mtserve trace import kuairand log_standard_*.csv --out kuairand.parquet
+  mtserve trace info demo.jsonl.gz
+
+`mtserve trace VERB --help` explains each one.
+"""
+GENERATE = """\
+examples:
+  mtserve trace generate --users 200 --requests 2000 --out demo.jsonl.gz
+  long histories, as many candidates as a retrieval stage sends:
+    mtserve trace generate --history-median 8000 --candidates-mean 512 --candidates-spread fixed --out long.parquet
+
+The same flags give the same bytes. What is drawn follows published figures of real logs and is marked
+calibrated-synthetic wherever it is shown.
+"""
+IMPORT = """\
+examples:
+  mtserve trace import kuairand log_standard_4_08_to_4_21_pure.csv --out kuairand.parquet
+  mtserve trace import ebnerd behaviors.parquet history.parquet --out ebnerd.jsonl.gz
+  a tenth of the users, the first half of each user's requests turned into history:
+    mtserve trace import movielens ratings.csv --user-share 0.1 --history-share 0.5 --out movielens.jsonl.gz
+"""
+
+
+def run(words: list[str]) -> int:
+    """Parse `words` and run the verb they start with."""
+    verbs = {"generate": _generate, "import": _import, "info": _info}
+    if words and words[0] in verbs:
+        return verbs[words[0]](words[1:])
+    parser = make_parser("trace", "Make, import and look into traces of requests.", EPILOG, None)
+    commands = parser.add_subparsers(metavar="VERB", required=True)
+    commands.add_parser("generate", help="draw a seeded trace from published figures of real logs")
+    commands.add_parser("import", help="convert the files of a public log")
+    commands.add_parser("info", help="counts and distributions of a trace file")
+    parser.parse_args(words)
+    return 0
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="FILE", required=True, help=f"the trace to write: {', '.join(SUFFIXES)}")
+
+
+def _generate(words: list[str]) -> int:
+    parser = make_parser(
+        "trace generate", "Draw a seeded trace from published figures of real logs.", GENERATE, "--out FILE"
+    )
+    _add_out(parser)
+    add_fields(parser, GeneratorConfig, "generator", title="generator")
+    args = parser.parse_args(words)
+    _check_out(args.out)
+    config = build(GeneratorConfig, args, "generator")
+    with Phases() as phases:
+        trace = generate(config, lambda done, total: phases("generating requests", done, total))
+        _write(trace, args.out, phases)
+    return 0
+
+
+def _import(words: list[str]) -> int:
+    kinds = "; ".join(f"{kind}: {files}" for kind, (_, files) in IMPORTERS.items())
+    parser = make_parser(
+        "trace import", f"Convert the files of a public log. {kinds}.", IMPORT, "KIND PATH... --out FILE"
+    )
+    parser.add_argument("kind", metavar="KIND", help=", ".join(IMPORTERS))
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="the log's files")
+    _add_out(parser)
+    add_fields(parser, ImportConfig, "import", title="import")
+    args = parser.parse_args(words)
+    _check_out(args.out)
+    config = build(ImportConfig, args, "import")
+    with Phases() as phases:
+        trace = import_trace(args.kind, args.paths, config, progress=lambda done, total: phases("reading", done, total))
+        _write(trace, args.out, phases)
+    for change, count in trace.meta.changes.items():
+        print(f"changed: {change} {count:,}")
+    return 0
+
+
+def _info(words: list[str]) -> int:
+    example = "example:\n  mtserve trace info demo.jsonl.gz\n"
+    parser = make_parser("trace info", "Counts and distributions of a trace file.", example, "TRACE")
+    parser.add_argument("trace", metavar="TRACE", help="the trace file")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    args = parser.parse_args(words)
+    facts = info(read_trace(args.trace))
+    print(json.dumps(facts, indent=2) if args.json else info_text(facts))
+    return 0
+
+
+def _check_out(path: str) -> None:
+    trace_format(path)
+    check_writable(path, "out")
+
+
+def _write(trace: Trace, path: str, phases: Phases) -> None:
+    write_trace(trace, path, lambda done, total: phases("writing", done, total))
+    print(f"{path}: {trace.requests:,} requests of {trace.users:,} users")

@@ -1,0 +1,132 @@
+"""The result of a replay as one JSON-able object; units are in the names."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mtserve.provenance import stamp
+from mtserve.trace.csr import rank_in_group
+from mtserve.trace.meta import meta_to_dict
+from mtserve.trace.replay import ReplayResult
+from mtserve.trace.run_log import TIER_NAMES, RunLog
+from mtserve.trace.schema import Trace
+
+DEFINITIONS = {
+    "hit_ratio.request": "answered requests by the slowest tier that any of their prefix came from; total is gpu + host",
+    "hit_ratio.token": "prefix tokens of answered requests by where they were found, of all their prefix tokens",
+    "hit_ratio_after_first": "the same without each user's first request, which finds nothing: replay starts cold",
+    "latency_ms": "closed loop: submission to answer; open loop: scheduled arrival to answer",
+    "speedup": "closed loop: ratio of throughputs; open loop: ratio of median latencies (baseline / cached)",
+    "max_score_difference": "largest absolute difference of a score, cached against uncached, over all compared requests",
+    "working_set_bytes": "pages of the final states of all users who ask, after the model's cut of their histories",
+}
+
+
+def hit_ratio(run: RunLog, among: npt.NDArray[np.bool_] | None = None) -> dict[str, dict[str, float]]:
+    """By request and by token, per tier and in total; `among` [N] picks requests."""
+    picked = run.done if among is None else run.done & among
+    requests, tokens = max(1, int(picked.sum())), max(1, int(run.prefix_tokens[picked].sum()))
+    by_request = {
+        name: float((run.tier[picked] == TIER_NAMES.index(name)).sum()) / requests for name in ("gpu", "host")
+    }
+    by_token = {"gpu": int(run.gpu_tokens[picked].sum()) / tokens, "host": int(run.host_tokens[picked].sum()) / tokens}
+    return {
+        "request": {**by_request, "total": sum(by_request.values())},
+        "token": {**by_token, "total": sum(by_token.values())},
+    }
+
+
+def repeats(trace: Trace, requests: int) -> npt.NDArray[np.bool_]:
+    """[requests] whether a request's user has asked before in this trace."""
+    order = np.argsort(trace.user[:requests], kind="stable")
+    result = np.empty(requests, dtype=np.bool_)
+    result[order] = rank_in_group(trace.user[:requests][order]) > 0
+    return result
+
+
+def summarise(result: ReplayResult) -> dict[str, Any]:
+    """Everything that a replay found out, JSON-able."""
+    cached, agreement = result.cached, result.agreement
+    return {
+        **stamp(seed=result.config.seed, device=result.device),
+        "model": result.model.config.name,
+        "dtype": result.dtype,
+        "trace": {**meta_to_dict(result.trace.meta), "changes": dict(result.trace.meta.changes)},
+        "requests": cached.requests,
+        "users": len(np.unique(result.trace.user)),
+        "loop": _loop(result),
+        "hit_ratio": hit_ratio(cached),
+        "hit_ratio_after_first": hit_ratio(cached, repeats(result.trace, cached.requests)),
+        **_timing(cached),
+        "baseline": None if result.baseline is None else _timing(result.baseline),
+        "speedup": result.speedup,
+        "speedup_of": "p50 latency" if result.open_loop else "throughput",
+        "max_score_difference": agreement.compared.max_score,
+        "agreement": {"holds": agreement.holds, **dataclasses.asdict(agreement)},
+        "tokens": _tokens(result),
+        "memory": _memory(result),
+        "model_config": dataclasses.asdict(result.model.config),
+        "engine_config": dataclasses.asdict(result.engine),
+        "definitions": DEFINITIONS,
+    }
+
+
+def _loop(result: ReplayResult) -> dict[str, Any]:
+    if result.open_loop:
+        return {"mode": "open", "speed": result.config.speed}
+    return {"mode": "closed", "concurrency": result.config.concurrency}
+
+
+def _timing(run: RunLog) -> dict[str, Any]:
+    return {
+        "latency_ms": run.latency_ms(),
+        "throughput_rps": run.throughput_rps,
+        "wall_s": run.seconds,
+        "answered": int(run.done.sum()),
+        "of_requests": run.requests,
+        "failures": dict(run.failures),
+        "first_failure": run.first_failure,
+        "batches": run.counters["batches_total"],
+        "batch_tokens": run.counters["batch_tokens"],
+    }
+
+
+def _tokens(result: ReplayResult) -> dict[str, int]:
+    """Prefix tokens of the answered requests by where they were found."""
+    cached = result.cached
+    prefix, gpu, host = (
+        int(column[cached.done].sum()) for column in (cached.prefix_tokens, cached.gpu_tokens, cached.host_tokens)
+    )
+    return {"prefix": prefix, "gpu": gpu, "host": host, "encoded": prefix - gpu - host}
+
+
+def _memory(result: ReplayResult) -> dict[str, Any]:
+    cached = result.cached
+    page_bytes, counters, tiers = cached.stats["page_bytes"], cached.counters, cached.stats["tiers"]
+    facts: dict[str, Any] = {
+        "working_set_bytes": result.working_set_bytes,
+        "page_bytes": page_bytes,
+        "page_tokens": cached.stats["page_tokens"],
+        "load_bytes": counters["load_bytes_total"],
+        "store_bytes": counters["store_bytes_total"],
+        "loads": counters["loads_total"],
+        "stores": counters["stores_total"],
+        "copies_failed": counters["loads_failed_total"] + counters["stores_failed_total"],
+        "device_peak_bytes": cached.device_peak_bytes,
+    }
+    for place, name in enumerate(("gpu", "host")):
+        peak = max(sample[2 + place] for sample in cached.samples)
+        facts[name] = {
+            "capacity_bytes": tiers[name]["capacity_bytes"],
+            "capacity_pages": tiers[name]["pages"]["total"],
+            "share_of_working_set": tiers[name]["capacity_bytes"] / result.working_set_bytes,
+            "peak_pages": peak,
+            "peak_bytes": peak * page_bytes,
+            "evicted_pages": int(counters[f"evicted_pages_{name}"]),
+            "users_at_end": tiers[name]["users"],
+        }
+    return facts

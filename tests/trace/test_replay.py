@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from replay_world import small_trace, tiny_model
+
+from mtserve.config import EngineConfig, ModelConfig
+from mtserve.errors import InvalidArgument
+from mtserve.model.ranking import RankingModel
+from mtserve.model.schema import Feature, FeatureSchema
+from mtserve.model.weights import initialise
+from mtserve.trace.agreement import Difference, Verification, difference, judge, misplaced
+from mtserve.trace.features import CATEGORIES, TraceRows
+from mtserve.trace.replay import ReplayResult, replay, size_tiers
+from mtserve.trace.replay_config import ReplayConfig
+from mtserve.trace.report import write_report
+from mtserve.trace.summary import repeats, summarise
+from mtserve.trace.working_set import resolve_capacity, working_set_pages
+
+CPU = EngineConfig(device="cpu", page_tokens=16, gpu_cache="40%ws", host_cache="100%ws", poison_pages=True)
+REQUIRED = {
+    "requests", "users", "device", "model", "seed", "commit", "hit_ratio", "latency_ms", "throughput_rps",
+    "baseline", "speedup", "max_score_difference", "agreement", "memory", "loop", "processor", "engine_config",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def result() -> ReplayResult:
+    torch.set_num_threads(1)
+    return replay(small_trace(), tiny_model(), CPU, ReplayConfig(concurrency=2, verify=4, verify_tokens=300))
+
+
+def test_cached_scores_agree_with_uncached_ones_under_eviction(result: ReplayResult) -> None:
+    agreement = result.agreement
+    assert agreement.holds, agreement.broken
+    assert agreement.compared.requests == result.trace.requests
+    assert 0 < agreement.compared.max_score <= 1e-5
+    assert agreement.verified.requests == 4
+    assert agreement.verified.cached.max_score <= 1e-5
+    assert result.cached.counters["evicted_pages_gpu"] > 0
+    assert result.cached.counters["loads_total"] > 0
+
+
+def test_the_summary_has_every_key_and_adds_up(result: ReplayResult) -> None:
+    summary = json.loads(json.dumps(summarise(result)))
+    assert set(summary) >= REQUIRED
+    assert summary["requests"] == 45
+    assert summary["loop"] == {"mode": "closed", "concurrency": 2}
+    assert summary["model"] == "tiny"
+    for by in ("request", "token"):
+        ratios = summary["hit_ratio"][by]
+        assert ratios["total"] == pytest.approx(ratios["gpu"] + ratios["host"])
+        assert ratios["host"] > 0
+        assert summary["hit_ratio_after_first"][by]["total"] > ratios["total"] > 0.2
+    for run in (summary, summary["baseline"]):
+        assert 0 < run["latency_ms"]["p50"] <= run["latency_ms"]["p95"] <= run["latency_ms"]["p99"]
+        assert run["throughput_rps"] == pytest.approx(45 / run["wall_s"])
+    assert summary["speedup"] == pytest.approx(summary["throughput_rps"] / summary["baseline"]["throughput_rps"])
+    tokens = summary["tokens"]
+    assert tokens["prefix"] == tokens["gpu"] + tokens["host"] + tokens["encoded"]
+    # Without a cache every prefix and candidate is computed; with one, less by what was found.
+    candidates = int(result.trace.cand_offsets[-1])
+    assert summary["baseline"]["batch_tokens"] == tokens["prefix"] + candidates
+    assert summary["batch_tokens"] < summary["baseline"]["batch_tokens"]
+    memory = summary["memory"]
+    assert memory["gpu"]["peak_pages"] <= memory["gpu"]["capacity_pages"]
+    assert memory["load_bytes"] % memory["page_bytes"] == 0
+
+
+def test_counts_repeat_and_each_request_saw_its_own_history(result: ReplayResult) -> None:
+    again = replay(small_trace(), tiny_model(), CPU, ReplayConfig(concurrency=1, verify=0, baseline_requests=0))
+    rows = TraceRows(small_trace(), tiny_model().schema)
+    assert np.array_equal(again.cached.position, result.cached.position)
+    assert misplaced(again.cached, rows) == 0
+    again.cached.position[3] += 1
+    assert misplaced(again.cached, rows) == 1
+    assert again.speedup is None
+    assert summarise(again)["baseline"] is None
+
+
+def test_open_loop_and_a_capped_baseline() -> None:
+    options = ReplayConfig(speed=1e7, verify=2, verify_tokens=300, baseline_requests=10, requests=30)
+    result = replay(small_trace(), tiny_model(), CPU, options)
+    summary = summarise(result)
+    assert summary["loop"] == {"mode": "open", "speed": 1e7}
+    assert summary["speedup_of"] == "p50 latency"
+    assert summary["speedup"] == pytest.approx(summary["baseline"]["latency_ms"]["p50"] / summary["latency_ms"]["p50"])
+    assert summary["baseline"]["of_requests"] == 10
+    assert (summary["requests"], summary["answered"]) == (30, 30)
+    assert result.agreement.compared.requests == 10
+    assert result.agreement.holds
+
+
+def test_bfloat16_is_held_to_the_reference() -> None:
+    result = replay(small_trace(), tiny_model(), replace(CPU, dtype="bfloat16"), ReplayConfig(verify=6))
+    verified = result.agreement.verified
+    assert result.agreement.tolerance is None
+    assert verified.uncached is not None
+    assert 1e-4 < verified.uncached.relative_l2 < 0.1
+    assert result.agreement.holds, result.agreement.broken
+
+
+def test_a_broken_score_is_seen(result: ReplayResult) -> None:
+    run, offsets = result.cached, result.cached.cand_offsets
+    wrong = run.logits.copy()
+    wrong[offsets[7], 1] += 0.25
+    found = difference(wrong, run.logits, offsets)
+    assert found.max_logit == pytest.approx(0.25, rel=1e-4)
+    assert 0 < found.relative_l2 < found.max_relative_l2
+    verified = result.agreement.verified
+    assert not judge("float32", found, verified, 0, 0).holds
+    assert not judge("float32", Difference(), verified, 1, 0).holds
+    assert not judge("float32", Difference(), verified, 0, 1).holds
+    assert judge("float32", Difference(), verified, 0, 0).holds
+    nan = difference(np.full_like(wrong, np.nan), run.logits, offsets)
+    assert not judge("float32", nan, verified, 0, 0).holds
+
+
+def test_shorter_types_may_be_a_fifth_further_from_fp32() -> None:
+    def verdict(cached: float, uncached: float) -> bool:
+        pair = Verification(3, 0, 10, Difference(3, relative_l2=cached), Difference(3, relative_l2=uncached))
+        return judge("bfloat16", Difference(3, max_score=0.01), pair, 0, 0).holds
+
+    assert verdict(1.19e-3, 1e-3)
+    assert not verdict(1.21e-3, 1e-3)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    trace, model = small_trace(), tiny_model()
+    cases = [
+        (replace(CPU, cache="off"), ReplayConfig(), "cache"),
+        (replace(CPU, max_candidates=2), ReplayConfig(), "max_candidates"),
+        (replace(CPU, max_queue=8), ReplayConfig(concurrency=5), "concurrency"),
+        (replace(CPU, gpu_cache="x%ws"), ReplayConfig(), "gpu_cache"),
+        (replace(CPU, host_cache="99999%ws"), ReplayConfig(), "host_cache"),
+    ]
+    for engine, options, field in cases:
+        with pytest.raises(InvalidArgument, match=f"^{field}: "):
+            replay(trace, model, engine, options)
+    with pytest.raises(InvalidArgument, match="trace: the trace has no request"):
+        replay(trace.first(0), model, CPU, ReplayConfig())
+
+
+def test_the_adapter_fills_what_the_schema_has_and_wants_an_item() -> None:
+    trace = small_trace()
+    rows = TraceRows(trace, tiny_model().schema)
+    request = trace.request(5)
+    candidates = rows.candidates(request)
+    assert np.array_equal(candidates["item"], request.cand)
+    assert (candidates["time_ms"] == request.t_ms).all()
+    assert ((candidates["category"] >= 0) & (candidates["category"] < CATEGORIES)).all()
+    history = rows.history(0)
+    assert (history["action"] == 1).all()
+    same = {int(row["item"]): int(row["category"]) for row in history}
+    assert all(same[int(row["item"])] == int(row["category"]) for row in history)
+    assert np.array_equal(rows.user(0), TraceRows(trace, tiny_model().schema).user(0))
+    assert rows.user(0).tobytes() != rows.user(1).tobytes()
+    bare = FeatureSchema((), (Feature("item", buckets=64, dim=8),), (Feature("item", buckets=64, dim=8),))
+    bare_rows = TraceRows(trace, bare)
+    assert bare_rows.history(0).dtype.names == ("time_ms", "item")
+    model = initialise(RankingModel(ModelConfig(), bare), 0)
+    assert replay(trace, model, CPU, ReplayConfig(requests=12, verify=2)).agreement.holds
+    other = FeatureSchema((), (Feature("product", buckets=64, dim=8),), (Feature("product", buckets=64, dim=8),))
+    with pytest.raises(InvalidArgument, match=r"'item'.*product"):
+        TraceRows(trace, other)
+
+
+def test_history_at_a_request_is_the_history_and_every_earlier_click() -> None:
+    trace = small_trace()
+    rows = TraceRows(trace, tiny_model().schema)
+    for index in (0, 17, trace.requests - 1):
+        user, grown = trace.request(index).user, list(trace.history(int(trace.user[index])).items)
+        for earlier in trace.iter_requests(0, index):
+            grown += list(earlier.clicked) if earlier.user == user else []
+        assert rows.history_at(index).behaviours["item"].tolist() == grown
+        assert len(grown) == trace.prefix_lengths()[index]
+
+
+def test_working_set_counts_pages_of_final_states() -> None:
+    model = ModelConfig(max_history=100, max_realtime=10)
+    user = np.array([0, 2, 2], dtype=np.int32)
+    positions = np.array([13, 50, 130], dtype=np.int64)
+    # User 0: 3 + 13 tokens, one page of 16. User 1 never asks. User 2: of 130, 30 are dropped; 103 tokens, 7 pages.
+    assert working_set_pages(user, positions, model, 3, 16) == 1 + 7
+    assert resolve_capacity("50%ws", 8 * 4096, 4096, "gpu_cache") == str(4 * 4096)
+    assert resolve_capacity("51 %ws", 8 * 4096, 4096, "gpu_cache") == str(5 * 4096)
+    assert resolve_capacity("0.1%ws", 8 * 4096, 4096, "gpu_cache") == "4096"
+    assert resolve_capacity("0%ws", 8 * 4096, 4096, "host_cache") == "0"
+    assert resolve_capacity("64MiB", 8 * 4096, 4096, "gpu_cache") == "64MiB"
+
+
+def test_the_whole_working_set_evicts_nothing() -> None:
+    trace, model = small_trace(), tiny_model()
+    bytes_, engine = size_tiers(TraceRows(trace, model.schema), model, replace(CPU, gpu_cache="100%ws"))
+    assert engine.gpu_cache == str(bytes_)
+    result = replay(
+        trace, model, replace(CPU, gpu_cache="100%ws", host_cache="0"), ReplayConfig(concurrency=1, verify=0)
+    )
+    assert result.cached.counters["evicted_pages_gpu"] == 0
+    # Nothing is ever lost, so that only a user's first request can be cold.
+    assert ((result.cached.tier == 2) == repeats(trace, trace.requests)).all()
+
+
+def test_plots_are_images(result: ReplayResult, tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    paths = write_report(result, tmp_path / "plots")
+    assert {path.name for path in paths} == {"latency_cdf.png", "hit_ratio.png", "tokens_by_tier.png", "memory.png"}
+    for path in paths:
+        pixels = image.imread(path)
+        assert pixels.shape[0] > 300
+        assert pixels.shape[1] > 600
+        assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidArgument, match="report"):
+        write_report(result, tmp_path / "file")
