@@ -6,6 +6,9 @@ READY := $(VENV)/.ready
 CORE := $(VENV)/.core
 DEMO := build/demo
 
+# Threads that wait by spinning take the core from those that work, on small machines most of all.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: help setup demo test lint proto bench gpu-check clean
 
 help:

@@ -166,6 +166,7 @@ void bind_index(nb::module_& module) {
              [](Index& index, nb::handle user, double now) { return copy_tuple(index.begin_store(user_view(user, "user"), now)); },
              "user"_a, "now"_a)
         .def("end_store", &Index::end_store, "ticket"_a, "success"_a)
+        .def("_touch", [](Index& index, nb::handle user, double now) { index.touch(user_view(user, "user"), now); }, "user"_a, "now"_a)
         .def("invalidate", [](Index& index, nb::handle user) { return index.invalidate(user_view(user, "user")); }, "user"_a)
         .def("invalidate_all", &Index::invalidate_all)
         .def("users", &users)
@@ -193,6 +194,8 @@ void bind_allocator(nb::module_& module) {
 
 NB_MODULE(_core, module) {
     using namespace mtserve;
+    // An engine that lives until the interpreter's end is no leak worth a report on stderr.
+    nb::set_leak_warnings(false);
     nb::register_exception_translator(&raise_typed);
     module.def("digest", [](nb::handle data, uint64_t seed) {
         const Buffer buffer(data, "data");

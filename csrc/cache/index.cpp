@@ -157,6 +157,10 @@ CopyPlan Index::begin_load(std::string_view user, ChainView chain, double now) {
     return plan;
 }
 
+void Index::touch(std::string_view user, double now) {
+    if (Entry* entry = find(user)) touch(*entry, now);
+}
+
 CopyPlan Index::begin_store(std::string_view user, double now) {
     Entry* entry = find(user);
     if (!entry || entry->load || entry->store) return {};

@@ -116,6 +116,8 @@ public:
     CopyPlan begin_store(std::string_view user, double now);
     void end_store(Ticket ticket, bool success);
 
+    // Counts as a use of the user's states in both tiers, so that others are evicted first.
+    void touch(std::string_view user, double now);
     bool invalidate(std::string_view user);
     int64_t invalidate_all();
 

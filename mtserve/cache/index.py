@@ -147,6 +147,10 @@ class TieredIndex(_core.Index):
         """
         return self._begin_batch(users, chains, cached, stored, page_table, self._clock())
 
+    def touch(self, user: str) -> None:
+        """Count a use of the user's states without reading them, so that others are evicted first."""
+        self._touch(user, self._clock())
+
     def begin_load(self, user: str, chain: Chain) -> Load | None:
         """Plan host to GPU for what `chain` shares with the host copy; perhaps only a part for want of room.
 

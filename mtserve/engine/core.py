@@ -108,9 +108,12 @@ class Core:
     def _run(self, slots: Sequence[Slot]) -> None:
         began = self._clock()
         reservation: Reservation | None = None
+        parts = [slot for slot in slots if slot.partial]
         try:
             reservation = None if self.tiers is None else self.tiers.reserve(slots)
             plan = self._planner.plan(slots, reservation)
+            # A part that found no pages was planned whole: its jobs, which `take` left queued, are answered now.
+            self.scheduler.remove([job for slot in parts if not slot.partial for job in slot.jobs])
             logits = self._runner.run(plan)
         except Exception as error:
             log.exception("a batch of %d users failed", len(slots))
@@ -198,7 +201,7 @@ class Core:
         self.invalidate(None)
         for job in self.scheduler.jobs():
             job.sequence = self._rebuilt(job.sequence)
-            job.found_gpu, job.loads = -1, 0
+            job.found_gpu, job.loads, job.loaded_from = -1, 0, -1
 
     def _rebuilt(self, sequence: UserSequence) -> UserSequence:
         """`sequence` under the present model; its cut depends on configuration that both models share."""

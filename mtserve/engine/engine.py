@@ -90,8 +90,9 @@ class Engine:
         A change of either starts a new generation. None leaves what is known.
         """
         self._admitting()
-        position = self.history.put_user(user_id, features, history)
-        self._sequences.forget(user_id)
+        with self._changing(user_id):
+            position = self.history.put_user(user_id, features, history)
+            self._sequences.forget(user_id)
         self.metrics.count("generations_total")
         return position
 
@@ -101,8 +102,9 @@ class Engine:
         `position`: where the first one is believed to go; FailedPrecondition tells the true one.
         """
         self._admitting()
-        end = self.history.append(user_id, behaviours, position)
-        pair = self._sequences.appended(user_id, behaviours, end)
+        with self._changing(user_id):
+            end = self.history.append(user_id, behaviours, position)
+            pair = self._sequences.appended(user_id, behaviours, end)
         self.metrics.count("appended_behaviours_total", len(behaviours))
         self._recut(user_id, end - len(behaviours), end)
         if pair is not None and pair[0].root != pair[1].root:
@@ -112,16 +114,22 @@ class Engine:
     def truncate(self, user_id: str, position: int) -> int:
         """Correct a history: forget the behaviours from `position` on, and return it."""
         self._admitting()
-        position = self.history.truncate(user_id, position)
-        self._sequences.forget(user_id)
+        with self._changing(user_id):
+            position = self.history.truncate(user_id, position)
+            self._sequences.forget(user_id)
         return position
 
     def delete_user(self, user_id: str) -> bool:
         """Forget a user's history, features and states; False when not known."""
-        known = self.history.delete(user_id)
-        self._sequences.forget(user_id)
+        with self._changing(user_id):
+            known = self.history.delete(user_id)
+            self._sequences.forget(user_id)
         self._call(lambda: self._core.invalidate(user_id))
         return known
+
+    def _changing(self, user_id: str) -> threading.Lock:
+        check_user_id(user_id)
+        return self._sequences.changing(user_id)
 
     def _recut(self, user_id: str, before: int, after: int) -> None:
         """Count a new generation, and let the store drop what no later cut or correction will reach."""
@@ -211,14 +219,16 @@ class Engine:
         if self._state == "serving":
             self._state = "draining"
         end = time.monotonic() + timeout_s
-        while self._inbox or self._core.busy():
-            if time.monotonic() > end or self._state == "closed":
+        while self._state == "draining":
+            if self._idle(end - time.monotonic()):
+                return True
+            if time.monotonic() > end:
                 return False
             if self._thread is None:
                 self.step()
             else:
                 time.sleep(0.001)
-        return True
+        return not self._core.busy()
 
     def close(self) -> None:
         """Stop the loop; what still waits fails with Unavailable. Closing twice is fine."""
@@ -324,6 +334,17 @@ class Engine:
         self._post(run)
         return future.result()
 
+    def _idle(self, timeout_s: float) -> bool:
+        """Whether the loop, asked between two batches, has nothing left to do; False when it gives no answer in time."""
+        answer: Future[bool] = Future()
+        self._post(lambda: answer.set_result(not self._core.busy()))
+        if self._thread is None:
+            self._run_inbox()
+        try:
+            return answer.result(max(0.0, timeout_s))
+        except TimeoutError:
+            return False
+
     def _run_inbox(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
@@ -336,7 +357,9 @@ class Engine:
                     self._sleep()
         except Exception as error:
             log.exception("the engine's loop stopped")
-            self._state = "broken"
+            with self._wake:
+                self._state = "broken"  # nothing is posted from here on, and what was, is answered now
+            self._run_inbox()
             self._core.close(Unavailable(f"the engine's loop stopped: {error!r}"))
 
     def _sleep(self) -> None:

@@ -18,7 +18,7 @@ class Job:
     """A request with all that scoring it needs; without candidates it only brings states onto the device.
 
     `found_gpu`, `found_host`: prefix tokens found in each tier, fixed when its first tokens are encoded.
-    `loads`: onloads started for it; `loaded_from`: device tokens there before the first.
+    `loads`: onloads started for it; `loaded_from`: device tokens there before the first, -1 for none that succeeded.
     `replaces`: the generation that this one ended; without states of that, encoding is not worth it.
     """
 
@@ -49,7 +49,7 @@ class Job:
         if self.found_gpu >= 0:
             return
         cached = min(cached, self.prefix)
-        self.found_host = max(0, cached - self.loaded_from) if self.loads else 0
+        self.found_host = max(0, cached - self.loaded_from) if self.loaded_from >= 0 else 0
         self.found_gpu = cached - self.found_host
 
     def resolve(self, result: ScoreResult) -> bool:

@@ -183,11 +183,12 @@ class _Batch:
         Rows that see only what came before them can be encoded part by part, each part cached
         for the next. With full static attention U and S see one another: they need one batch.
         """
-        end = slot.cached + budget
+        # One token at least is left for the batch that also brings the candidates, and counts them.
+        end = min(slot.cached + budget, slot.sequence.groups.prefix - 1)
         whole = slot.sequence.groups.frozen if self._static_attention == "full" else 0
         if self._config.cache == "off" or end <= slot.cached or end < whole:
             return None
-        return min(end, slot.sequence.groups.prefix)
+        return end
 
     def _join(self, slot: Slot, job: Job) -> None:
         """Add another request of a user when one history is the other's prefix, in one generation."""

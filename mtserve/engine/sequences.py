@@ -43,6 +43,7 @@ class SequenceCache:
         self._lock = threading.Lock()
         # Counts changes by stripe of users: what was read while one happened may be stale, and is not kept.
         self._changes = [0] * _STRIPES
+        self._changing = [threading.Lock() for _ in range(_STRIPES)]
 
     def get(self, user_id: str) -> UserSequence:
         """The user's sequence with every acknowledged change. Raises NotFound."""
@@ -59,6 +60,10 @@ class SequenceCache:
             if self._changes[stripe] == before and self.builder is builder:
                 self._insert(user_id, _Entry(sequence, history.features, history.first, history.behaviours, sequence.chain))
         return sequence
+
+    def changing(self, user_id: str) -> threading.Lock:
+        """To be held from a change in the store until it was told here: two changes of one user never interleave."""
+        return self._changing[_stripe(user_id)]
 
     def appended(self, user_id: str, rows: Rows, position: int) -> tuple[UserSequence, UserSequence] | None:
         """Tell of a durable append that ended at `position`; (before, after) when the user's sequence is in memory."""

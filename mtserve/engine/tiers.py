@@ -6,7 +6,7 @@ copy's when the mover reports it finished. Whatever lies between is found by nob
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,37 +52,65 @@ class Tiers:
         self._storing: dict[int, tuple[str, int]] = {}
         self._unsaved: dict[str, None] = {}  # users with states that the host may not have yet, oldest first
         self._failed_loads: set[str] = set()
+        self._window: dict[str, None] = {}  # users whose turn is near enough to load them
+        self._page_tokens = config.page_tokens
 
     def cached(self, job: Job) -> int | None:
-        """Prefix tokens of `job` on the device; None while its user's states are being loaded."""
-        if self.index.is_busy(job.user_id).loading:
+        """Prefix tokens of `job` on the device; None while it should wait for room, or for its states to come."""
+        if job.user_id not in self._window or self.index.is_busy(job.user_id).loading:
             return None
-        return self.index.lookup(job.user_id, job.sequence.chain).gpu_tokens
+        match = self.index.lookup(job.user_id, job.sequence.chain)
+        if match.host_tokens > match.gpu_tokens and job.loads < MAX_LOADS:
+            return None
+        return match.gpu_tokens
 
-    def onload(self, jobs: Iterable[Job]) -> None:
-        """Start bringing what the host holds of these jobs' prefixes and the device does not."""
+    def onload(self, jobs: Sequence[Job]) -> None:
+        """Start bringing what the host holds of these jobs' prefixes and the device does not.
+
+        Only the first users whose prefixes the device can hold together: more would evict one another.
+        """
+        self._open_window(jobs)
         for job in jobs:
-            if job.user_id in self._failed_loads:
-                job.loads = MAX_LOADS  # the copy failed: encode instead
+            if job.user_id not in self._window or job.future.cancelled():
                 continue
-            if job.loads >= MAX_LOADS or job.future.cancelled():
+            if job.user_id in self._failed_loads:
+                job.loads, job.loaded_from = MAX_LOADS, -1  # the copy failed: encode instead
+            if job.loads >= MAX_LOADS:
                 continue
             if self.index.is_busy(job.user_id).loading:
                 self._share_load(job)
                 continue
             match = self.index.lookup(job.user_id, job.sequence.chain)
-            if match.host_tokens <= match.gpu_tokens:
-                continue
-            load = self.index.begin_load(job.user_id, job.sequence.chain)
-            if load is None:
-                continue
-            self._poison_freed()
-            job.loads += 1
-            job.loaded_from = match.gpu_tokens if job.loaded_from < 0 else min(job.loaded_from, match.gpu_tokens)
-            self._loading[load.ticket] = (job.user_id, len(load.gpu_pages))
-            self._metrics.count("loads_in_flight")
-            self.mover.submit(LOAD, load.ticket, load.gpu_pages, load.host_pages)
+            if match.host_tokens > match.gpu_tokens:
+                self._begin_load(job, match.gpu_tokens)
         self._failed_loads.clear()
+
+    def _open_window(self, jobs: Sequence[Job]) -> None:
+        window: dict[str, None] = {}
+        room = len(self.mover.pool)
+        for job in jobs:
+            if job.user_id in window:
+                continue
+            room -= -(-job.prefix // self._page_tokens)
+            if room < 0 and window:
+                break
+            window[job.user_id] = None
+            if job.user_id not in self._window:
+                self.index.touch(job.user_id)
+        self._window = window
+
+    def _begin_load(self, job: Job, gpu_tokens: int) -> None:
+        load = self.index.begin_load(job.user_id, job.sequence.chain)
+        if load is None:
+            if not self._loading and not self._storing:
+                job.loads = MAX_LOADS  # no copy will end and make room: encode
+            return
+        self._poison_freed()
+        job.loads += 1
+        job.loaded_from = gpu_tokens if job.loaded_from < 0 else min(job.loaded_from, gpu_tokens)
+        self._loading[load.ticket] = (job.user_id, len(load.gpu_pages))
+        self._metrics.count("loads_in_flight")
+        self.mover.submit(LOAD, load.ticket, load.gpu_pages, load.host_pages)
 
     def _share_load(self, job: Job) -> None:
         """A second request of a user whose load is under way waits for the same one."""

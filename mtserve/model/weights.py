@@ -24,7 +24,8 @@ def initialise(model: RankingModel, seed: int) -> RankingModel:
     """Fill every parameter from `seed` and its own name, whatever the order of construction; returns `model`."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            # The CPU generator looks at 32 bits of its seed only, so both must be hashed into these.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             values = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(values * _scale(name, parameter.shape) + _offset(name))
             parameter.requires_grad_(False)
