@@ -42,6 +42,18 @@ def visible(groups: Groups, static_attention: str, i: int, j: int, seen_realtime
     return j <= i
 
 
+def visibility(groups: Groups, static_attention: str, seen_realtime: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """bool [tokens, tokens] picture of `visible`: U, S, R, then one candidate an entry of `seen_realtime`."""
+    tokens = groups.prefix + len(seen_realtime)
+    i, j = np.ogrid[:tokens, :tokens]
+    picture: npt.NDArray[np.bool_] = j <= i
+    if static_attention == "full":
+        picture[: groups.frozen] = j < groups.frozen
+    candidates = i[groups.prefix :]
+    picture[groups.prefix :] = (j == candidates) | (j < groups.frozen + seen_realtime[:, None])
+    return picture
+
+
 def visible_limits(groups: Groups, static_attention: str, first: int, last: int) -> npt.NDArray[np.int32]:
     """int32 [last - first]: prefix token i in [first, last) sees tokens [0, limit)."""
     limits = np.arange(first + 1, last + 1, dtype=np.int32)

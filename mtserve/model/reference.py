@@ -1,6 +1,6 @@
 """Full recompute of one request in plain fp32 torch: the truth that every cached score is held against.
 
-Written from the definition alone: dense masks from `mask.visible`, no pages, no limits, no
+Written from the definition alone: dense masks from `mask.visibility`, no pages, no limits, no
 batching, none of the planner's arithmetic.
 """
 
@@ -14,7 +14,7 @@ from mtserve.kernels.norm_gate.reference import norm_gate
 from mtserve.kernels.projection_silu.reference import projection_silu
 from mtserve.model.cut import cut_history
 from mtserve.model.hstu import HSTULayer
-from mtserve.model.mask import Groups, visible
+from mtserve.model.mask import Groups, visibility
 from mtserve.model.ranking import RankingModel
 from mtserve.model.tokeniser import TokenInputs
 from mtserve.types import History, Rows
@@ -29,15 +29,7 @@ def recompute(model: RankingModel, history: History, candidates: Rows) -> torch.
     groups = Groups(len(model.schema.user), cut.static_end - cut.start, cut.end - cut.static_end)
     seen = [int((kept["time_ms"][groups.static :] < exposure).sum()) for exposure in candidates["time_ms"]]
     x = model.embed(_inputs(model, history, kept, groups, candidates, seen)).float().cpu()
-    mask = torch.tensor(
-        [
-            [
-                visible(groups, config.static_attention, i, j, seen[i - groups.prefix] if i >= groups.prefix else None)
-                for j in range(len(x))
-            ]
-            for i in range(len(x))
-        ]
-    )
+    mask = torch.from_numpy(visibility(groups, config.static_attention, np.array(seen, dtype=np.int64)))
     labels = [0] * groups.user + [1] * groups.static + [2] * groups.realtime + [3] * len(candidates)
     group = torch.tensor(labels) if config.norm == "group" else torch.zeros(len(x), dtype=torch.int64)
     for layer in model.layers:

@@ -18,6 +18,7 @@ from mtserve.model.ranking import RankingModel
 from mtserve.model.schema import FeatureSchema
 
 FORMAT = "mtserve-model-1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def initialise(model: RankingModel, seed: int) -> RankingModel:
@@ -96,9 +97,14 @@ def _copy_tensors(model: RankingModel, file: safe_open) -> None:
     if set(parameters) != set(file.keys()):
         odd = sorted(set(parameters) ^ set(file.keys()))
         raise InvalidArgument(f"{len(odd)} tensors are missing or unknown, the first is {odd[0]}", field="model")
+    dtype = file.get_tensor("position").dtype
+    if dtype not in DTYPES:
+        raise InvalidArgument(f"position: {dtype} is not one of {', '.join(map(str, DTYPES))}", field="model")
     with torch.no_grad():
         for name, parameter in parameters.items():
             tensor = file.get_tensor(name)
+            if tensor.dtype != dtype:
+                raise InvalidArgument(f"{name}: expected {dtype} as of position, got {tensor.dtype}", field="model")
             if tensor.shape != parameter.shape:
                 raise InvalidArgument(
                     f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}", field="model"

@@ -15,6 +15,7 @@ from mtserve.config import EngineConfig, ServerConfig
 from mtserve.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
 from mtserve.server.client import Client, ScoreCall, Scores
 from mtserve.server.lifecycle import serve
+from mtserve.server.lifecycle import serve
 
 engine_module = pytest.importorskip("mtserve.engine.engine")
 presets = pytest.importorskip("mtserve.model.presets")
@@ -165,6 +166,8 @@ def test_cancelled_calls_leave_the_engine_whole(
     engine: Any, client: Client, eventually: Callable[[Callable[[], bool]], None]
 ) -> None:
     client.put_user("dan", FEATURES, behaviours(150))
+
+    outcomes: list[Scores | DeadlineExceeded] = []
 
     outcomes: list[Scores | DeadlineExceeded] = []
 

@@ -1,0 +1,234 @@
+"""What is refused, when, and with which error; deadlines; draining and closing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_world import World
+from small_models import small_model
+
+from mtserve.config import EngineConfig
+from mtserve.engine.engine import Engine
+from mtserve.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    MtserveError,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+from mtserve.types import Request
+
+Make = Callable[..., World]
+
+
+def test_malformed_requests_are_refused_by_name(world: Make) -> None:
+    w = world(max_candidates=5)
+    w.put("a", 3)
+    good = w.candidates(2)
+    for user, rows, field in (
+        ("a", np.zeros(2), "candidates"),
+        ("a", good[:, None], "candidates"),
+        ("a", good[:0], "candidates"),
+        ("a", w.candidates(6), "candidates"),
+        ("", good, "user_id"),
+        ("x" * 257, good, "user_id"),
+        ("\ud800", good, "user_id"),
+    ):
+        with pytest.raises(InvalidArgument) as caught:
+            w.engine.score(user, rows)
+        assert caught.value.field == field
+    assert w.value("rejected_total", "invalid") == 7
+    with pytest.raises(NotFound):
+        w.engine.score("nobody", good)
+    assert w.value("rejected_total", "not_found") == 1
+    assert w.value("requests_total") == 0
+    w.assert_idle()
+
+
+def test_an_append_at_a_wrong_position_tells_the_true_one(world: Make) -> None:
+    w = world()
+    w.put("a", 7)
+    with pytest.raises(FailedPrecondition) as caught:
+        w.engine.append("a", w.rows["a"][-1:], 6)
+    assert caught.value.position == 7
+    w.append("a", 1)
+    assert w.score("a").position == 8
+
+
+def test_a_full_queue_refuses_at_once(world: Make) -> None:
+    w = world(max_queue=3)
+    w.put("a", 3)
+    pending = [w.submit("a", 1) for _ in range(3)]
+    with pytest.raises(ResourceExhausted) as caught:
+        w.submit("a", 1)
+    assert caught.value.field == "queue"
+    assert w.value("rejected_total", "queue_full") == 1
+    w.run()
+    for each in pending:
+        each.verify()
+    w.score("a")
+
+
+def test_a_deadline_already_past_is_refused_at_once(world: Make) -> None:
+    w = world()
+    w.put("a", 3)
+    with pytest.raises(DeadlineExceeded):
+        w.submit("a", deadline=w.clock() - 0.001)
+    assert w.value("deadline_exceeded_total") == 1
+    assert w.value("requests_total") == 0
+
+
+def test_a_deadline_that_passes_in_the_queue_costs_nothing(world: Make) -> None:
+    w = world()
+    w.put("a", 3)
+    late, patient = w.submit("a", deadline=w.clock() + 0.05), w.submit("a", deadline=w.clock() + 0.2)
+    w.clock.now += 0.1
+    w.run()
+    with pytest.raises(DeadlineExceeded, match="100 ms in the queue"):
+        late.future.result(0)
+    patient.expected()
+    assert patient.future.result(0).position == 3
+    assert w.value("deadline_exceeded_total") == 1
+    w.clock.now += 1
+    hopeless = w.submit("a", deadline=w.clock() + 0.05)
+    w.clock.now += 0.05
+    batches = w.value("batches_total")
+    w.run()
+    assert w.value("batches_total") == batches
+    assert isinstance(hopeless.future.exception(0), DeadlineExceeded)
+
+
+def test_work_that_no_batch_could_finish_in_time_is_dropped_first(world: Make) -> None:
+    w = world()
+    w.put("a", 3)
+
+    def slow() -> None:
+        w.clock.now += 0.5
+
+    w.hook("page_write", slow)
+    w.submit("a", 1)
+    w.run()  # the quickest batch known now took a second: two layers
+    hopeless, possible = w.submit("a", deadline=w.clock() + 0.9), w.submit("a", deadline=w.clock() + 1.1)
+    w.step()
+    assert isinstance(hopeless.future.exception(0), DeadlineExceeded)
+    assert possible.future.result(0).position == 3
+    assert w.value("batches_total") == 2
+
+
+def test_the_default_deadline_applies_to_requests_without_one(world: Make) -> None:
+    w = world(default_deadline_ms=50)
+    w.put("a", 3)
+    default, own = w.submit("a"), w.submit("a", deadline=w.clock() + 9)
+    w.clock.now += 0.06
+    w.run()
+    assert isinstance(default.future.exception(0), DeadlineExceeded)
+    assert own.future.exception(0) is None
+
+
+# Set-up
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "field"),
+    [
+        ({"gpu_cache": "10B"}, ResourceExhausted, "gpu_cache"),
+        ({"gpu_cache": "lots"}, InvalidArgument, "gpu_cache"),
+        ({"host_cache": "7 parsecs"}, InvalidArgument, "host_cache"),
+        ({"snapshot_cache": "x"}, InvalidArgument, "snapshot_cache"),
+        ({"device": "abacus"}, InvalidArgument, "device"),
+        ({"device": "meta"}, InvalidArgument, "device"),
+        ({"device": "cuda:99"}, InvalidArgument, "device"),
+    ],
+)
+def test_a_bad_set_up_is_a_clear_error(options: dict[str, Any], error: type[MtserveError], field: str) -> None:
+    with pytest.raises(error) as caught:
+        Engine(small_model(), EngineConfig(**{"device": "cpu", **options}), start=False)
+    assert getattr(caught.value, "field", None) == field
+
+
+# Draining and closing
+
+
+def test_draining_refuses_new_work_and_finishes_the_old(world: Make) -> None:
+    w = world()
+    w.put("a", 5)
+    pending = w.submit("a")
+    assert w.engine.drain(5)
+    pending.verify()
+    w.assert_idle()
+    rows = w.rows["a"][-1:]
+    for refused in (
+        lambda: w.engine.score("a", w.candidates(1)),
+        lambda: w.engine.append("a", rows),
+        lambda: w.engine.put_user("a"),
+        lambda: w.engine.truncate("a", 2),
+        lambda: w.engine.prefetch("a"),
+    ):
+        with pytest.raises(Unavailable, match="draining"):
+            refused()
+    assert w.engine.stats()["state"] == "draining"
+
+
+def test_draining_gives_up_when_time_runs_out(world: Make) -> None:
+    w = world()
+    mover = w.delay_copies()
+    w.put("a", 5)
+    pending = w.submit("a")
+    assert not w.engine.drain(0.05)  # the write-back has not ended
+    pending.verify()
+    mover.release_all()
+    assert w.engine.drain(5)
+
+
+def test_draining_waits_for_the_batch_that_runs(world: Make) -> None:
+    w = world(start=True)
+    entered, go = threading.Event(), threading.Event()
+    w.put("a", 5)
+
+    def wait() -> None:
+        entered.set()
+        assert go.wait(10)
+
+    w.hook("attention", wait)
+    pending = w.submit("a")
+    assert entered.wait(10)
+    assert not w.engine.drain(0.05)
+    assert not pending.future.done()
+    go.set()
+    assert w.engine.drain(10)
+    pending.verify()
+
+
+def test_closing_fails_what_waits_and_may_be_repeated(world: Make) -> None:
+    w = world()
+    w.put("a", 5)
+    w.delay_copies()
+    w.score("a")
+    pending = [w.submit("a"), w.submit("a")]
+    w.engine.close()
+    w.engine.close()
+    for each in pending:
+        with pytest.raises(Unavailable, match="closed"):
+            each.future.result(0)
+    with pytest.raises(Unavailable, match="closed"):
+        w.engine.submit(Request("a", w.candidates(1)))
+    with pytest.raises(Unavailable, match="closed"):
+        w.engine.append("a", w.rows["a"][-1:])
+    w.assert_idle()
+    assert w.engine.stats()["state"] == "closed"
+
+
+def test_closing_a_running_engine_answers_everything(world: Make) -> None:
+    w = world(start=True)
+    w.put("a", 9)
+    futures = [w.engine.submit(Request("a", w.candidates(2))) for _ in range(50)]
+    w.engine.close()
+    for future in futures:
+        assert future.done()
+        assert future.exception() is None or isinstance(future.exception(), Unavailable)

@@ -1,0 +1,276 @@
+"""An engine beside a mirror of every history: each answer is held against a full recompute."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from small_models import START_MS, make_behaviours, make_candidates, make_features, small_model
+
+from mtserve.config import EngineConfig
+from mtserve.engine.engine import Engine
+from mtserve.engine.setup import DTYPES, page_shape
+from mtserve.errors import TransferFailed
+from mtserve.history.store import HistoryStore
+from mtserve.model.ranking import RankingModel
+from mtserve.model.reference import recompute
+from mtserve.transfer.mover import Fault, Finished, Mover
+from mtserve.types import History, Request, Rows, ScoreResult
+
+TOLERANCE = 1e-5
+
+
+class FakeClock:
+    """Seconds that pass only when told to; starts after every behaviour the tests make."""
+
+    def __init__(self) -> None:
+        self.now = START_MS / 1000 + 1e7
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class DelayedMover(Mover):
+    """Copies that end when told to. `late` copies bytes at the end, otherwise at the start: both are allowed."""
+
+    def __init__(self, old: Mover, late: bool, fault: Fault | None = None) -> None:
+        super().__init__(old.pool, old.arena, fault)
+        self.late = late
+        self.jobs: list[tuple[str, int, Any, Any, TransferFailed | None]] = []
+        self.ended: list[Finished] = []
+        self.submitted: list[str] = []
+
+    def submit(self, kind: str, ticket: int, pool_pages: Any, arena_pages: Any) -> None:
+        self.submitted.append(kind)
+        error = None if self.late else self._try(kind, pool_pages, arena_pages)
+        self.jobs.append((kind, ticket, pool_pages.copy(), arena_pages.copy(), error))
+
+    def _try(self, kind: str, pool_pages: Any, arena_pages: Any) -> TransferFailed | None:
+        try:
+            self._copy(kind, pool_pages, arena_pages)
+        except TransferFailed as error:
+            return error
+        return None
+
+    def release(self, index: int = 0) -> None:
+        """End one job, by default the oldest."""
+        kind, ticket, pool_pages, arena_pages, error = self.jobs.pop(index)
+        if self.late:
+            error = self._try(kind, pool_pages, arena_pages)
+        self.ended.append(Finished(kind, ticket, error))
+
+    def release_all(self) -> None:
+        while self.jobs:
+            self.release()
+
+    def poll(self) -> list[Finished]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def pending(self) -> int:
+        return len(self.jobs) + len(self.ended)
+
+    def wait(self) -> None:
+        self.release_all()
+
+
+@dataclass
+class Pending:
+    """A submitted request with the history as it stood at that moment, and its exposure times resolved."""
+
+    world: World
+    future: Future[ScoreResult]
+    history: History
+    candidates: Rows
+
+    def expected(self) -> npt.NDArray[np.float32]:
+        """float32 [candidates, tasks] logits of a full recompute with the weights now served."""
+        return recompute(self.world.truth, self.history, self.candidates).numpy()
+
+    def verify(self) -> ScoreResult:
+        """The result, which has come, equals the recompute and accounts for every prefix token."""
+        result, expected = self.future.result(timeout=0), self.expected()
+        assert result.logits.shape == expected.shape
+        np.testing.assert_allclose(result.logits, expected, rtol=0, atol=self.world.tolerance)
+        np.testing.assert_allclose(result.scores, 1 / (1 + np.exp(-expected)), rtol=0, atol=self.world.tolerance)
+        assert result.position == self.history.position
+        assert result.gpu_tokens + result.host_tokens + result.encoded_tokens == result.prefix_tokens
+        assert min(result.gpu_tokens, result.host_tokens, result.encoded_tokens) >= 0
+        return result
+
+
+class World:
+    """Drives an engine by hand. Tiers are sized in pages; the mirror keeps every row ever appended."""
+
+    def __init__(
+        self,
+        model: RankingModel | None = None,
+        *,
+        gpu_pages: int = 64,
+        host_pages: int = 64,
+        page_tokens: int = 4,
+        history: HistoryStore | None = None,
+        fault: Fault | None = None,
+        seed: int = 0,
+        start: bool = False,
+        device: str = "cpu",
+        dtype: str = "float32",
+        tolerance: float = TOLERANCE,
+        **config: Any,
+    ) -> None:
+        self.model = model if model is not None else small_model()
+        self.rng = np.random.default_rng(seed)
+        self.clock = FakeClock()
+        self.truth = self.model
+        self.tolerance = tolerance
+        sizes = EngineConfig(device=device, dtype=dtype, page_tokens=page_tokens, poison_pages=True)
+        page = page_shape(self.model.config, sizes, DTYPES[dtype]).bytes
+        tiers = {"gpu_cache": f"{gpu_pages * page}B", "host_cache": f"{host_pages * page}B"}
+        self.config = dataclasses.replace(sizes, **{**tiers, **config})
+        self.engine = Engine(self.model, self.config, history=history, clock=self.clock, start=start, fault=fault)
+        self.rows: dict[str, Rows] = {}
+        self.features: dict[str, Rows | None] = {}
+
+    @property
+    def schema(self) -> Any:
+        return self.model.schema
+
+    @property
+    def tiers(self) -> Any:
+        return self.engine._core.tiers
+
+    # Histories
+
+    def put(self, user: str, count: int = 0, features: bool = True) -> None:
+        """A new history of `count` behaviours (and new U features)."""
+        rows = make_behaviours(self.rng, count, schema=self.schema)
+        self.put_rows(user, rows, make_features(self.rng, self.schema) if features else None)
+
+    def put_rows(self, user: str, rows: Rows | None, features: Rows | None) -> None:
+        self.engine.put_user(user, features, rows)
+        if rows is not None or user not in self.rows:
+            self.rows[user] = rows if rows is not None else make_behaviours(self.rng, 0, schema=self.schema)
+        if features is not None or user not in self.features:
+            self.features[user] = features
+
+    def append(self, user: str, count: int) -> None:
+        known = self.rows.get(user, make_behaviours(self.rng, 0, schema=self.schema))
+        after = int(known["time_ms"][-1]) if len(known) else START_MS
+        more = make_behaviours(self.rng, count, after, self.schema)
+        end = self.engine.append(user, more, len(known))
+        self.rows[user] = np.concatenate((known, more))
+        self.features.setdefault(user, None)
+        assert end == len(self.rows[user])
+
+    def truncate(self, user: str, position: int) -> None:
+        assert self.engine.truncate(user, position) == position
+        self.rows[user] = self.rows[user][:position].copy()
+
+    def delete(self, user: str) -> None:
+        assert self.engine.delete_user(user) == (user in self.rows)
+        self.rows.pop(user, None)
+        self.features.pop(user, None)
+
+    def history_of(self, user: str) -> History:
+        """The mirror's history; only how many of the oldest rows were let go is the store's to say."""
+        first = self.engine.history.read(user).first
+        return History(self.features[user], first, self.rows[user][first:])
+
+    # Scores
+
+    def candidates(self, count: int, time_ms: Any = -1) -> Rows:
+        return make_candidates(self.rng, count, time_ms, self.schema)
+
+    def submit(
+        self,
+        user: str,
+        count: int = 3,
+        *,
+        candidates: Rows | None = None,
+        deadline: float | None = None,
+        history: History | None = None,
+    ) -> Pending:
+        rows = self.candidates(count) if candidates is None else candidates
+        resolved = rows.copy()
+        resolved["time_ms"][resolved["time_ms"] < 0] = int(self.clock() * 1000)
+        known = self.history_of(user) if history is None else history
+        return Pending(self, self.engine.submit(Request(user, rows, deadline, history)), known, resolved)
+
+    def score(self, user: str, count: int = 3, **options: Any) -> ScoreResult:
+        pending = self.submit(user, count, **options)
+        self.run()
+        return pending.verify()
+
+    def step(self) -> bool:
+        progress = self.engine.step()
+        self.engine.check()
+        return progress
+
+    def run(self, limit: int = 500) -> None:
+        """Step until nothing is left to do; copies that a mover holds back do not count."""
+        for _ in range(limit):
+            if not self.step() and not self.engine._inbox:
+                return
+        raise AssertionError(f"the engine was still busy after {limit} steps")
+
+    def replace(self, model: RankingModel) -> None:
+        """Serve other weights: whatever is still queued is answered by them."""
+        self.engine.replace_model(model)
+        self.truth = model
+
+    # What the engine is made of
+
+    def delay_copies(self, late: bool = True, fault: Fault | None = None) -> DelayedMover:
+        mover = DelayedMover(self.tiers.mover, late, fault)
+        self.tiers.mover = mover
+        return mover
+
+    def hook(self, op: str, before: Callable[[], None]) -> None:
+        """Call `before` each time kernel `op` is launched."""
+        core = self.engine._core
+        real = getattr(core._kernels, op)
+
+        def hooked(*args: Any) -> Any:
+            before()
+            return real(*args)
+
+        core._kernels = core._runner._kernels = dataclasses.replace(core._kernels, **{op: hooked})
+
+    def value(self, name: str, label: str = "") -> float:
+        return self.engine.metrics.value(name, label)
+
+    def evict_from_gpu(self, users: tuple[str, ...] = ("filler",), count: int = 3) -> None:
+        """Score users long enough to push every other one off the GPU."""
+        for user in users:
+            if user not in self.rows:
+                self.put(user, self.model.config.max_history)
+            self.score(user, count)
+
+    def held(self, user: str) -> tuple[int, int]:
+        """Tokens of the user on the GPU and on the host, true or not."""
+        for name, gpu, host in self.tiers.index.users():
+            if name == user:
+                return gpu, host
+        return 0, 0
+
+    def assert_idle(self) -> None:
+        """Nothing queued, copied or held in flight; every page is free or holds committed tokens."""
+        stats = self.tiers.index.stats()
+        assert not self.engine._core.busy()
+        assert (stats.batches_in_flight, stats.loads_in_flight, stats.stores_in_flight, stats.detached) == (0, 0, 0, 0)
+        assert stats.gpu.in_flight == stats.host.in_flight == 0
+        assert self.value("requests_in_flight") == self.value("loads_in_flight") == self.value("stores_in_flight") == 0
+
+    def assert_empty(self) -> None:
+        """Back to the baseline: after everything was invalidated, every page is free."""
+        self.engine.invalidate()
+        self.assert_idle()
+        stats = self.tiers.index.stats()
+        assert stats.gpu.free == stats.gpu.total
+        assert stats.host.free == stats.host.total
+        self.engine.check()
