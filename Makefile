@@ -55,7 +55,7 @@ bench: setup
 # Runs on a machine with CUDA, with the interpreter that has torch for it.
 gpu-check:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 clean:
 	rm -rf build $(VENV) mtserve/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
