@@ -57,9 +57,14 @@ def sweep(trace: Path, *options: str) -> dict[str, dict[str, Any]]:
 
 def table(replays: dict[str, dict[str, Any]]) -> str:
     """The sweep as text: hit ratios by tier, speed and agreement."""
-    lines = ["GPU tier   requests gpu/host/all %   tokens gpu/host/all %   p50 ms cached/un   req/s cached/un   speedup   max score diff"]
+    lines = [
+        "GPU tier   requests gpu/host/all %   tokens gpu/host/all %   p50 ms cached/un   req/s cached/un   speedup   max score diff"
+    ]
     for name, result in replays.items():
-        ratios = [[f"{100 * result['hit_ratio'][unit][tier]:.1f}" for tier in ("gpu", "host", "total")] for unit in ("request", "token")]
+        ratios = [
+            [f"{100 * result['hit_ratio'][unit][tier]:.1f}" for tier in ("gpu", "host", "total")]
+            for unit in ("request", "token")
+        ]
         base = result["baseline"]
         p50 = f"{result['latency_ms']['p50']:.1f} / {base['latency_ms']['p50']:.1f}"
         rate = f"{result['throughput_rps']:.1f} / {base['throughput_rps']:.1f}"
@@ -79,7 +84,9 @@ def main() -> int:
     options = parser.parse_args()
     trace = ebnerd_trace()
     if trace is None:
-        print("the EB-NeRD trace is not here; set MTSERVE_SHARED_DATA to the folder that holds ebnerd/trace_dev.jsonl.gz")
+        print(
+            "the EB-NeRD trace is not here; set MTSERVE_SHARED_DATA to the folder that holds ebnerd/trace_dev.jsonl.gz"
+        )
         return 0
     seed = ["--seed", str(options.seed)]
     replays = sweep(trace, "--model", options.model, "--device", options.device, *seed)

@@ -70,7 +70,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         generated = generated_trace(Path(folder), options.users, options.requests, options.seed)
         result["replays"]["generated 25%ws"] = replay(
-            generated, *common, "--gpu-cache", "25%ws", "--host-cache", "100%ws", "--baseline-requests", "400", "--verify", "6"
+            generated,
+            *common,
+            "--gpu-cache",
+            "25%ws",
+            "--host-cache",
+            "100%ws",
+            "--baseline-requests",
+            "400",
+            "--verify",
+            "6",
         )
     print(table(result["replays"]))
     target = options.out / "gpu_check.json"

@@ -67,9 +67,9 @@ class Config:
 
 
 def _fits(type_name: Any, value: Any) -> bool:
-    if isinstance(value, bool):
+    accepted: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+    if isinstance(value, bool):  # an int to Python, but not to whoever wrote it
         return bool(type_name == "bool")
-    accepted: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
     return type_name not in accepted or isinstance(value, accepted[type_name])
 
 

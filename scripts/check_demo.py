@@ -25,9 +25,12 @@ def main() -> int:
         problems.append(f"the cached run is not faster: speedup {result['speedup']}")
     for unit in ("request", "token"):
         ratios = result["hit_ratio"][unit]
-        if not (0 < ratios["gpu"] and 0 < ratios["host"] and ratios["total"] <= 1):
+        if not (ratios["gpu"] > 0 and ratios["host"] > 0 and ratios["total"] <= 1):
             problems.append(f"hit ratios by {unit} are implausible: {ratios}")
-    print("\n".join(problems) or f"demo: speedup {result['speedup']:.2f}, largest score difference {result['max_score_difference']:.1e}")
+    print(
+        "\n".join(problems)
+        or f"demo: speedup {result['speedup']:.2f}, largest score difference {result['max_score_difference']:.1e}"
+    )
     return 1 if problems else 0
 
 

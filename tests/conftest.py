@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Derandomised, so that a failure repeats; "soak" is the long, random run.
-settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+# Explaining a failure traces every line, which takes minutes on the stateful machines: left to a second look.
+QUICK = [phase for phase in Phase if phase is not Phase.explain]
+settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), phases=QUICK)
+settings.register_profile(
+    "first", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
 settings.register_profile(
     "soak", max_examples=2000, stateful_step_count=100, deadline=None, suppress_health_check=list(HealthCheck)
 )

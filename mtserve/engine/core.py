@@ -46,6 +46,7 @@ class Core:
         self._clock = clock
         self._kernels = load_kernels(config.kernels)
         self._recent_s: deque[float] = deque(maxlen=32)
+        self._forgotten: set[str] = set()  # deleted users with requests in the queue
         self._shape = setup.page_shape(model.config, config, self.dtype)
         self.scheduler = Scheduler(config, metrics, static_attention=model.config.static_attention)
         self.tiers = self._make_tiers(model, fault) if config.cache == "on" else None
@@ -84,8 +85,8 @@ class Core:
 
     def step(self) -> bool:
         """One turn of the loop; False when there was nothing to do."""
-        progress = self._finish_copies()
         self.scheduler.drop_hopeless(self._clock(), min(self._recent_s, default=0.0))
+        progress = self._finish_copies()
         slots = self.scheduler.take(self._cached)
         if slots:
             self._run(slots)
@@ -137,6 +138,7 @@ class Core:
                 job.found(0 if reservation is None else int(reservation.cached[index]))
         if self.tiers is not None and reservation is not None:
             self.tiers.release(reservation, slots, success=True)
+            self._forget_again(slots)
         metrics = self._metrics
         metrics.count("batches_total")
         metrics.observe("batch_requests", len(plan.scored))
@@ -190,6 +192,18 @@ class Core:
     def invalidate(self, user_id: str | None) -> int:
         """Forget the states of one user, or of all; returns how many users had any."""
         return 0 if self.tiers is None else self.tiers.invalidate(user_id)
+
+    def forget(self, user_id: str) -> None:
+        """Forget a deleted user's states, and those that its last queued requests are yet to make."""
+        self.invalidate(user_id)
+        if any(job.user_id == user_id for job in self.scheduler.jobs()):
+            self._forgotten.add(user_id)
+
+    def _forget_again(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            if slot.user_id in self._forgotten and not slot.partial:  # parts are what the answer is made from
+                self._forgotten.discard(slot.user_id)
+                self.forget(slot.user_id)
 
     def replace_model(self, model: RankingModel) -> None:
         """Serve other weights of the same configuration from the next batch on. States of the old one are never used again."""

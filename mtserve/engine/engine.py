@@ -124,7 +124,7 @@ class Engine:
         with self._changing(user_id):
             known = self.history.delete(user_id)
             self._sequences.forget(user_id)
-        self._call(lambda: self._core.invalidate(user_id))
+        self._call(lambda: self._core.forget(user_id))
         return known
 
     def _changing(self, user_id: str) -> threading.Lock:
@@ -259,16 +259,24 @@ class Engine:
     def _check_room(self) -> None:
         waiting = len(self._inbox) + len(self._core.scheduler)
         if waiting >= self.config.max_queue:
-            raise ResourceExhausted(f"{waiting} requests are waiting, max_queue is {self.config.max_queue}", field="queue")
+            raise ResourceExhausted(
+                f"{waiting} requests are waiting, max_queue is {self.config.max_queue}", field="queue"
+            )
 
     def _make_job(self, request: Request) -> Job:
         check_user_id(request.user_id)
         candidates = request.candidates
-        if not isinstance(candidates, np.ndarray) or candidates.dtype != self.schema.candidate_dtype or candidates.ndim != 1:
+        if (
+            not isinstance(candidates, np.ndarray)
+            or candidates.dtype != self.schema.candidate_dtype
+            or candidates.ndim != 1
+        ):
             raise InvalidArgument("rows are not of this model's candidate schema", field="candidates")
         if not 1 <= len(candidates) <= self.config.max_candidates:
             limit = self.config.max_candidates
-            raise InvalidArgument(f"{len(candidates)} candidates are outside 1 to max_candidates = {limit}", field="candidates")
+            raise InvalidArgument(
+                f"{len(candidates)} candidates are outside 1 to max_candidates = {limit}", field="candidates"
+            )
         now, deadline = self._clock(), request.deadline
         if deadline is None and self.config.default_deadline_ms:
             deadline = now + self.config.default_deadline_ms / 1000
@@ -290,7 +298,12 @@ class Engine:
         return self._sequences.builder.build(request.user_id, history)
 
     def _count_refusal(self, error: MtserveError) -> None:
-        reasons = {ResourceExhausted: "queue_full", InvalidArgument: "invalid", NotFound: "not_found", Unavailable: "draining"}
+        reasons = {
+            ResourceExhausted: "queue_full",
+            InvalidArgument: "invalid",
+            NotFound: "not_found",
+            Unavailable: "draining",
+        }
         if isinstance(error, DeadlineExceeded):
             self.metrics.count("deadline_exceeded_total")
         elif type(error) in reasons:

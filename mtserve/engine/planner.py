@@ -158,7 +158,9 @@ def _slot_inputs(row: _Rows) -> _SlotInputs:
     sequence = row.slot.sequence
     users = sequence.groups.user
     tokens = np.arange(users)
-    user_destinations = np.where((tokens >= row.cached) & (tokens < row.slot.encode_to), row.first + tokens - row.cached, -1)
+    user_destinations = np.where(
+        (tokens >= row.cached) & (tokens < row.slot.encode_to), row.first + tokens - row.cached, -1
+    )
     begin, end = max(0, row.cached - users), max(0, row.slot.encode_to - users)
     times = sequence.kept["time_ms"]
     gaps = np.zeros(end - begin, dtype=np.int64)

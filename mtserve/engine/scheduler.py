@@ -58,7 +58,9 @@ class Scheduler:
         """Queue `job`. Raises ResourceExhausted when the queue of its kind is full."""
         queue = self._scores if len(job.candidates) else self._encodes
         if len(queue) >= self._config.max_queue:
-            raise ResourceExhausted(f"{len(queue)} requests are waiting, max_queue is {self._config.max_queue}", field="queue")
+            raise ResourceExhausted(
+                f"{len(queue)} requests are waiting, max_queue is {self._config.max_queue}", field="queue"
+            )
         queue.append(job)
 
     def jobs(self) -> Iterator[Job]:

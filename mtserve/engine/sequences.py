@@ -58,7 +58,9 @@ class SequenceCache:
         sequence = builder.build(user_id, history)
         with self._lock:
             if self._changes[stripe] == before and self.builder is builder:
-                self._insert(user_id, _Entry(sequence, history.features, history.first, history.behaviours, sequence.chain))
+                self._insert(
+                    user_id, _Entry(sequence, history.features, history.first, history.behaviours, sequence.chain)
+                )
         return sequence
 
     def changing(self, user_id: str) -> threading.Lock:

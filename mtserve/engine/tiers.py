@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtserve.cache.index import TieredIndex
+from mtserve.cache.index import IndexStats, TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine.job import Job
 from mtserve.engine.scheduler import Slot
@@ -38,7 +38,9 @@ class Reservation:
 class Tiers:
     """Onload, write-back and reservation of pages. Owned by the engine's loop."""
 
-    def __init__(self, index: TieredIndex, mover: Mover, config: EngineConfig, metrics: Metrics, max_prefix: int) -> None:
+    def __init__(
+        self, index: TieredIndex, mover: Mover, config: EngineConfig, metrics: Metrics, max_prefix: int
+    ) -> None:
         self.index = index
         self.mover = mover
         self._metrics = metrics
@@ -154,6 +156,7 @@ class Tiers:
             for slot in slots:
                 self._unsaved[slot.user_id] = None
         self._poison_freed()
+        self.count()
 
     def write_back(self) -> None:
         """Start copying to the host what it does not have yet."""
@@ -175,10 +178,7 @@ class Tiers:
 
     def invalidate(self, user_id: str | None) -> int:
         """Forget the states of one user or of all; copies under way publish nothing. Returns users forgotten."""
-        if user_id is None:
-            forgotten = self.index.invalidate_all()
-        else:
-            forgotten = int(self.index.invalidate(user_id))
+        forgotten = self.index.invalidate_all() if user_id is None else int(self.index.invalidate(user_id))
         self._poison_freed()
         return forgotten
 
@@ -199,15 +199,21 @@ class Tiers:
         assert stats.stores_in_flight == len(self._storing)
         assert self.mover.pending() == len(self._loading) + len(self._storing)
 
-    def stats(self) -> dict[str, Any]:
-        """Pages and bytes of each tier, JSON-able."""
+    def count(self) -> IndexStats:
+        """Bring the metrics of pages up to date."""
         stats = self.index.stats()
-        tiers = {}
         for name, tier in (("gpu", stats.gpu), ("host", stats.host)):
-            for key, value in (("pages_in_use", tier.used), ("pages_capacity", tier.total)):
-                self._metrics.set(key, value, name)
+            self._metrics.set("pages_in_use", tier.used, name)
+            self._metrics.set("pages_capacity", tier.total, name)
             seen = self._metrics.value("evicted_pages_total", name)
             self._metrics.count("evicted_pages_total", tier.evicted_pages - seen, name)
+        return stats
+
+    def stats(self) -> dict[str, Any]:
+        """Pages and bytes of each tier, JSON-able."""
+        stats = self.count()
+        tiers = {}
+        for name, tier in (("gpu", stats.gpu), ("host", stats.host)):
             tiers[name] = {
                 "pages": {"total": tier.total, "used": tier.used, "in_flight": tier.in_flight, "free": tier.free},
                 "capacity_bytes": tier.total * self._page_bytes,

@@ -45,7 +45,9 @@ class Mover(ABC):
         self._fault = fault
 
     @abstractmethod
-    def submit(self, kind: str, ticket: int, pool_pages: npt.NDArray[np.int32], arena_pages: npt.NDArray[np.int32]) -> None:
+    def submit(
+        self, kind: str, ticket: int, pool_pages: npt.NDArray[np.int32], arena_pages: npt.NDArray[np.int32]
+    ) -> None:
         """Start copying pool_pages[i] <-> arena_pages[i]: "load" fills the pool, "store" the arena."""
 
     @abstractmethod
@@ -77,7 +79,9 @@ class SyncMover(Mover):
         super().__init__(pool, arena, fault)
         self._finished: list[Finished] = []
 
-    def submit(self, kind: str, ticket: int, pool_pages: npt.NDArray[np.int32], arena_pages: npt.NDArray[np.int32]) -> None:
+    def submit(
+        self, kind: str, ticket: int, pool_pages: npt.NDArray[np.int32], arena_pages: npt.NDArray[np.int32]
+    ) -> None:
         error = None
         try:
             self._copy(kind, pool_pages, arena_pages)
@@ -112,7 +116,9 @@ class CudaMover(Mover):
         self._streams = {kind: torch.cuda.Stream(pool.device) for kind in (LOAD, STORE)}
         self._jobs: list[_Job] = []
 
-    def submit(self, kind: str, ticket: int, pool_pages: npt.NDArray[np.int32], arena_pages: npt.NDArray[np.int32]) -> None:
+    def submit(
+        self, kind: str, ticket: int, pool_pages: npt.NDArray[np.int32], arena_pages: npt.NDArray[np.int32]
+    ) -> None:
         stream = self._streams[kind]
         stream.wait_stream(torch.cuda.current_stream(self.pool.device))
         error = None

@@ -104,6 +104,25 @@ def test_a_deadline_that_passes_in_the_queue_costs_nothing(world: Make) -> None:
     assert isinstance(hopeless.future.exception(0), DeadlineExceeded)
 
 
+@pytest.mark.parametrize("how", ["deadline", "cancelled"])
+def test_hopeless_requests_start_no_load_and_take_nobodys_turn(world: Make, how: str) -> None:
+    w = world(gpu_pages=12)
+    for user in "ab":
+        w.put(user, 21)
+        w.score(user)
+    w.evict_from_gpu()
+    hopeless = w.submit("a", deadline=w.clock() + 0.01 if how == "deadline" else None)
+    w.put("c", 40)  # not both fit
+    other = w.submit("c")
+    if how == "cancelled":
+        hopeless.future.cancel()
+    w.clock.now += 0.02
+    assert w.step()
+    assert hopeless.future.done()
+    assert w.value("loads_total") == 0
+    other.future.result(0)
+
+
 def test_work_that_no_batch_could_finish_in_time_is_dropped_first(world: Make) -> None:
     w = world()
     w.put("a", 3)

@@ -84,6 +84,17 @@ def test_putting_the_same_user_again_loses_nothing(world: Make) -> None:
     assert w.score("a").gpu_tokens == PREFIX
 
 
+def test_a_request_queued_when_its_user_is_deleted_leaves_no_states(world: Make) -> None:
+    w = world(gpu_pages=12)
+    w.put("a", POSITION)
+    w.score("a")
+    waiting = w.submit("a")
+    w.delete("a")
+    w.run()
+    waiting.verify()
+    assert w.held("a") == (0, 0)
+
+
 def test_a_deleted_user_leaves_no_states(world: Make) -> None:
     w = world()
     w.put("a", POSITION)

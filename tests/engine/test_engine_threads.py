@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_world import TOLERANCE, World
+from engine_world import TOLERANCE, Pending, World
 from small_models import CAUSAL, SCHEMA, START_MS, make_behaviours, make_candidates, make_features, small_model
 
 from mtserve.history.memory import MemoryHistory
@@ -169,6 +169,21 @@ def test_a_running_engine_replaces_its_model_between_batches(world: Make) -> Non
             assert close[turn // 6 % 2]
         used.add(close.index(True))
     assert used == {0, 1}
+
+
+def test_a_request_made_before_a_swap_and_admitted_after_it(world: Make) -> None:
+    """What `submit` does on its caller's thread, with the swap between its two halves."""
+    w = world(small_model(0))
+    w.put("a", 17)
+    history, candidates = w.history_of("a"), w.candidates(3, START_MS * 2)
+    for model in (small_model(1), small_model(0)):
+        w.score("a")
+        job = w.engine._make_job(Request("a", candidates))
+        w.replace(model)
+        w.score("a")
+        w.engine._admit(job)
+        w.run()
+        assert Pending(w, job.future, history, candidates).verify().gpu_tokens == 19
 
 
 def test_score_waits_on_a_running_engine(world: Make) -> None:

@@ -15,7 +15,6 @@ from mtserve.config import EngineConfig, ServerConfig
 from mtserve.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
 from mtserve.server.client import Client, ScoreCall, Scores
 from mtserve.server.lifecycle import serve
-from mtserve.server.lifecycle import serve
 
 engine_module = pytest.importorskip("mtserve.engine.engine")
 presets = pytest.importorskip("mtserve.model.presets")
