@@ -1,4 +1,4 @@
-"""Builds the C++ core of the cache, `mtserve._core`, with the compiler alone: no CMake."""
+"""Builds the C++ core, `mtserve._core`, with the compiler alone: no CMake. Ships the CUDA sources as text."""
 
 from __future__ import annotations
 
@@ -9,13 +9,34 @@ from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-SOURCES = sorted(path.as_posix() for path in Path("csrc/cache").glob("*.cpp"))
-HEADERS = sorted(path.as_posix() for path in Path("csrc/cache").glob("*.h"))
+SOURCES = sorted(path.as_posix() for path in Path("csrc").glob("*/*.cpp"))
+HEADERS = sorted(path.as_posix() for path in Path("csrc").glob("*/*.h"))
+# Compiled where they run; a checkout reads them in place, a wheel carries them inside the package.
+CUDA_SOURCES = sorted(path.as_posix() for path in Path("csrc/cuda").glob("*.cu"))
+CUDA_TARGET = Path("mtserve/kernels/cuda/src")
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffunction-sections", "-fdata-sections", "-DNDEBUG"]
 OUR_FLAGS = ["-Wall", "-Wextra"]
 BINDING_FLAGS = ["-fno-strict-aliasing", "-DNB_COMPACT_ASSERTIONS"]
 LINK_FLAGS = ["-Wl,--gc-sections", "-Wl,-s"] if os.uname().sysname == "Linux" else []
+
+
+class BuildPackage(build_py):
+    """Adds the CUDA sources to what a wheel contains."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for source, target in zip(CUDA_SOURCES, self._cuda_targets(), strict=True):
+                self.mkpath(str(Path(target).parent))
+                self.copy_file(source, target)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        return [*super().get_outputs(include_bytecode), *(() if self.editable_mode else self._cuda_targets())]
+
+    def _cuda_targets(self) -> list[str]:
+        return [str(Path(self.build_lib) / CUDA_TARGET / Path(source).name) for source in CUDA_SOURCES]
 
 
 class BuildCore(build_ext):
@@ -51,6 +72,6 @@ class BuildCore(build_ext):
 
 
 setup(
-    ext_modules=[Extension("mtserve._core", SOURCES, depends=HEADERS, language="c++")],
-    cmdclass={"build_ext": BuildCore},
+    ext_modules=[Extension("mtserve._core", SOURCES, depends=[*HEADERS, *CUDA_SOURCES], language="c++")],
+    cmdclass={"build_ext": BuildCore, "build_py": BuildPackage},
 )

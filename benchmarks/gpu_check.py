@@ -79,7 +79,9 @@ def main() -> int:
             "--baseline-requests",
             "400",
             "--verify",
-            "6",
+            "8",
+            "--verify-tokens",
+            "8192",
         )
     print(table(result["replays"]))
     target = options.out / "gpu_check.json"

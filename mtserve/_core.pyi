@@ -74,3 +74,15 @@ class PageAllocator:
 
 def digest(data: bytes, seed: int = 0) -> int: ...
 def extend_chain(chain_out: Chain, rows: npt.NDArray[Any], seed: int) -> None: ...
+def _plan_attention_work(
+    slots: npt.NDArray[np.int32],
+    limits: npt.NDArray[np.int32],
+    heads: int,
+    head_dim: int,
+    sms: int,
+    deterministic: bool,
+    out_work: npt.NDArray[np.int32],
+    out_splits: npt.NDArray[np.int32],
+    pieces: int,
+    tile_rows: int,
+) -> tuple[int, int, int]: ...

@@ -136,7 +136,12 @@ class EngineConfig(Config):
         "type of weights and states (auto: float32 on cpu, bfloat16 on cuda)",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    kernels: str = option("eager", "eager: plain torch; reference: the fp32 CPU truth", choices=("eager", "reference"))
+    kernels: str = option(
+        "auto",
+        "cuda: Hopper's matrix units; eager: plain torch; reference: the fp32 CPU truth (auto: cuda where it can)",
+        choices=("auto", "cuda", "eager", "reference"),
+    )
+    graphs: str = option("on", "capture a CUDA graph for each bucket of rows (cuda kernels)", choices=("on", "off"))
     cache: str = option("on", "off encodes every request's whole history again: the baseline", choices=("on", "off"))
     gpu_cache: str = option(
         "auto",

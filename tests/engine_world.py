@@ -233,13 +233,13 @@ class World:
     def hook(self, op: str, before: Callable[[], None]) -> None:
         """Call `before` each time kernel `op` is launched."""
         core = self.engine._core
-        real = getattr(core._kernels, op)
+        real = getattr(core._runner._kernels, op)
 
         def hooked(*args: Any) -> Any:
             before()
             return real(*args)
 
-        core._kernels = core._runner._kernels = dataclasses.replace(core._kernels, **{op: hooked})
+        core._runner._kernels = dataclasses.replace(core._runner._kernels, **{op: hooked})
 
     def value(self, name: str, label: str = "") -> float:
         return self.engine.metrics.value(name, label)

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <deque>
 
+#include "../plan/bindings.h"
 #include "allocator.h"
 #include "buffers.h"
 #include "chain.h"
@@ -204,4 +205,5 @@ NB_MODULE(_core, module) {
     module.def("extend_chain", &extend, "chain_out"_a, "rows"_a, "seed"_a);
     bind_allocator(module);
     bind_index(module);
+    bind_attention_work(module);
 }

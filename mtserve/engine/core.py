@@ -17,7 +17,7 @@ from mtserve.config import EngineConfig
 from mtserve.engine import setup
 from mtserve.engine.job import Job
 from mtserve.engine.planner import BatchPlan, Planner
-from mtserve.engine.runner import Runner
+from mtserve.engine.runner import BatchRunner, Runner
 from mtserve.engine.scheduler import Scheduler, Slot
 from mtserve.engine.sequence import SequenceBuilder, UserSequence
 from mtserve.engine.tiers import Reservation, Tiers
@@ -44,7 +44,7 @@ class Core:
         self.dtype = setup.resolve_dtype(config.dtype, self.device)
         self._metrics = metrics
         self._clock = clock
-        self._kernels = load_kernels(config.kernels)
+        self.kernels = setup.resolve_kernels(config.kernels, model.config, self.device, self.dtype, config.page_tokens)
         self._recent_s: deque[float] = deque(maxlen=32)
         self._forgotten: set[str] = set()  # deleted users with requests in the queue
         self._shape = setup.page_shape(model.config, config, self.dtype)
@@ -61,8 +61,8 @@ class Core:
         index = TieredIndex(
             self.config.page_tokens, gpu_pages, host_pages, self.config.policy, clock=self._clock, track_freed=poison
         )
-        max_prefix = len(model.schema.user) + model.config.max_history
-        return Tiers(index, make_mover(pool, arena, fault), self.config, self._metrics, max_prefix)
+        mover = make_mover(pool, arena, fault)
+        return Tiers(index, mover, self.config, self._metrics, self._max_prefix(model))
 
     def _install(self, model: RankingModel) -> None:
         if model.device != self.device or model.dtype != self.dtype:
@@ -72,7 +72,25 @@ class Core:
         key = f"{self.fingerprint} {self.dtype} {self._shape.sizes}"
         self.builder = SequenceBuilder(model.config, model.schema, key)
         self._planner = Planner(model, self.config.page_tokens)
-        self._runner = Runner(model, self._kernels, None if self.tiers is None else self.tiers.mover.pool)
+        self._runner = self._make_runner(model)
+
+    def _make_runner(self, model: RankingModel) -> BatchRunner:
+        pool = None if self.tiers is None else self.tiers.mover.pool
+        if self.kernels != "cuda":
+            return Runner(model, load_kernels(self.kernels), pool)
+        # Only CUDA machines have what these kernels are built from.
+        from mtserve.engine.graphs import GraphRunner
+
+        alone = self._max_prefix(model) + self.config.max_candidates
+        return GraphRunner(
+            model, pool, self.config.page_tokens,
+            rows=max(self.config.max_batch_tokens, alone), slots=self.config.max_batch_requests,
+            width=-(-self._max_prefix(model) // self.config.page_tokens), capture=self.config.graphs == "on",
+        )  # fmt: skip
+
+    @staticmethod
+    def _max_prefix(model: RankingModel) -> int:
+        return len(model.schema.user) + model.config.max_history
 
     def admit(self, job: Job) -> None:
         """Queue `job`. Raises ResourceExhausted when the queue is full."""
@@ -237,6 +255,7 @@ class Core:
             "model": {"name": self.model.config.name, "fingerprint": self.fingerprint},
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "kernels": self.kernels,
             "page_bytes": self._shape.bytes,
             "page_tokens": self._shape.page_tokens,
             "queue_length": len(self.scheduler),

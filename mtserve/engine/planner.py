@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mtserve.engine.job import Job
 from mtserve.engine.scheduler import Slot
 from mtserve.engine.tiers import Reservation
-from mtserve.kernels.plan import KernelPlan
+from mtserve.kernels.plan import HostPlan
 from mtserve.model.mask import visible_limits
 from mtserve.model.ranking import GROUP_C, GROUP_R, GROUP_S, GROUP_U, RankingModel
 from mtserve.model.tokeniser import TokenInputs
@@ -23,12 +22,12 @@ class BatchPlan:
     """One batch. `scored`: each job with its slice of the candidate rows, in the order of `logits`."""
 
     inputs: TokenInputs
-    kernel: KernelPlan
+    layout: HostPlan
     scored: tuple[tuple[Job, int, int], ...]
 
     @property
     def tokens(self) -> int:
-        return self.kernel.rows
+        return self.layout.rows
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Planner:
             for job in part.jobs:
                 scored.append((job, offset, offset + len(job.candidates)))
                 offset += len(job.candidates)
-        return BatchPlan(self._inputs(rows), self._kernel_plan(rows), tuple(scored))
+        return BatchPlan(self._inputs(rows), self._host_plan(rows), tuple(scored))
 
     def _lay_out(self, slots: Sequence[Slot], reservation: Reservation | None) -> list[_Rows]:
         rows: list[_Rows] = []
@@ -108,9 +107,9 @@ class Planner:
             candidate_destinations=np.concatenate(candidate_rows),
         )
 
-    def _kernel_plan(self, rows: list[_Rows]) -> KernelPlan:
+    def _host_plan(self, rows: list[_Rows]) -> HostPlan:
         static_attention = self._model.config.static_attention
-        limits, groups, writes = [], [], []
+        limits, groups, targets, slots = [], [], [], []
         for row in rows:
             sizes = row.slot.sequence.groups
             limits.append(visible_limits(sizes, static_attention, row.cached, row.slot.encode_to))
@@ -118,30 +117,22 @@ class Planner:
             labels = np.repeat([GROUP_U, GROUP_S, GROUP_R], [sizes.user, sizes.static, sizes.realtime])
             groups.append(labels[row.cached : row.slot.encode_to])
             groups.append(np.full(row.candidates, GROUP_C))
-            writes.append(_writes(row, self._page_tokens))
-        group = np.concatenate(groups).astype(np.int64)
+            targets.append(_targets(row, self._page_tokens))
+            slots.append((row.cached, row.delta, row.first, row.end - row.first))
+        group = np.concatenate(groups).astype(np.int32)
         width = max((len(row.pages) for row in rows), default=0)
-        table = np.full((len(rows), width), -1, dtype=np.int64)
+        table = np.full((len(rows), width), -1, dtype=np.int32)
         for index, row in enumerate(rows):
             table[index, : len(row.pages)] = row.pages
-        candidate_rows = np.concatenate([np.arange(row.first + row.delta, row.end) for row in rows])
-        write_rows, write_pages, write_offsets = np.concatenate(writes, axis=1)
-        return KernelPlan(
-            row_offsets=(0, *(row.end for row in rows)),
-            cached=tuple(row.cached for row in rows),
-            delta=tuple(row.delta for row in rows),
+        return HostPlan(
             page_tokens=self._page_tokens,
-            page_table=self._tensor(table),
-            limit=self._tensor(np.concatenate(limits).astype(np.int32)),
-            group=self._tensor(np.zeros_like(group) if self._plain_norm else group),
-            write_rows=self._tensor(write_rows),
-            write_pages=self._tensor(write_pages),
-            write_offsets=self._tensor(write_offsets),
-            candidate_rows=self._tensor(candidate_rows),
+            slots=np.array(slots, dtype=np.int32).reshape(-1, 4),
+            page_table=table,
+            limit=np.concatenate(limits).astype(np.int32),
+            group=np.zeros_like(group) if self._plain_norm else group,
+            target=np.concatenate(targets),
+            candidate_rows=np.concatenate([np.arange(row.first + row.delta, row.end) for row in rows]),
         )
-
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._model.device)
 
 
 @dataclass(frozen=True)
@@ -171,11 +162,12 @@ def _slot_inputs(row: _Rows) -> _SlotInputs:
     return _SlotInputs(user_destinations, sequence.kept[begin:end], np.arange(begin, end), gaps, destinations)
 
 
-def _writes(row: _Rows, page_tokens: int) -> npt.NDArray[np.int64]:
-    """int64 [3, n]: batch row, page and offset of each new token that has a page."""
+def _targets(row: _Rows, page_tokens: int) -> npt.NDArray[np.int32]:
+    """int32 [rows of the slot]: where each row's states are kept, -1 for nowhere."""
+    targets = np.full(row.end - row.first, -1, dtype=np.int32)
     tokens = np.arange(row.cached, min(row.stored, row.slot.encode_to))
-    pages = row.pages[tokens // page_tokens]
-    return np.stack((row.first + tokens - row.cached, pages.astype(np.int64), tokens % page_tokens))
+    targets[: len(tokens)] = row.pages[tokens // page_tokens] * page_tokens + tokens % page_tokens
+    return targets
 
 
 def _join(parts: list[np.ndarray], dtype: np.dtype) -> np.ndarray:  # type: ignore[type-arg]

@@ -40,6 +40,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def resolve_kernels(name: str, model: ModelConfig, device: torch.device, dtype: torch.dtype, page_tokens: int) -> str:
+    """The kernels meant by `name`. "auto" is "cuda" exactly where those can run, else "eager"."""
+    if name != "auto":
+        return name
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    fits = dtype != torch.float32 and model.head_dim in (32, 64, 128, 256) and page_tokens == 64 and model.d % 8 == 0
+    return "cuda" if hopper and fits else "eager"
+
+
 def page_shape(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> PageShape:
     """The geometry of one page of this model's states."""
     return PageShape(model.layers, config.page_tokens, model.heads, model.head_dim, dtype)

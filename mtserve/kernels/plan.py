@@ -1,4 +1,4 @@
-"""The frozen value that tells the kernels of one batch where everything is.
+"""The frozen values that tell the kernels of one batch where everything is.
 
 Rows of a batch are jagged: user slot b owns rows [row_offsets[b], row_offsets[b + 1]), first
 its `delta[b]` newly encoded prefix tokens, then its candidates. Who owns which interval of a
@@ -13,19 +13,47 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
 @dataclass(frozen=True)
-class KernelPlan:
-    """Lengths, page tables and visibility of one batch; T rows, B slots. Tensors live on the compute device.
+class HostPlan:
+    """One batch as planned on the host; T rows, B slots.
 
+    `slots` int32 [B, 4]: cached, delta, first row, rows.
+    `page_table` int32 [B, W]: ids of the pages of the cached prefix and of new tokens, -1 where there is none.
     `limit` int32 [T]: prefix tokens [0, limit) are what the row sees (a candidate also sees itself).
-    `group` int64 [T]: the row's token group (0 U, 1 S, 2 R, 3 C).
-    `page_table` int64 [B, W]: ids of the pages of the cached prefix, -1 where there is none.
-    `write_rows`, `write_pages`, `write_offsets` int64 [w]: row write_rows[i] is stored at token
-    write_offsets[i] of page write_pages[i].
+    `group` int32 [T]: the row's token group (0 U, 1 S, 2 R, 3 C).
+    `target` int32 [T]: where the row's K and V are kept, page * page_tokens + offset; -1: nowhere.
     `candidate_rows` int64 [c]: the rows whose outputs are scored.
+    """
+
+    page_tokens: int
+    slots: npt.NDArray[np.int32]
+    page_table: npt.NDArray[np.int32]
+    limit: npt.NDArray[np.int32]
+    group: npt.NDArray[np.int32]
+    target: npt.NDArray[np.int32]
+    candidate_rows: npt.NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        assert len(self.limit) == len(self.group) == len(self.target) == int(self.slots[:, 3].sum())
+        assert len(self.page_table) == len(self.slots)
+
+    @property
+    def rows(self) -> int:
+        return len(self.limit)
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """A host plan on the compute device, as the kernels of plain torch want it.
+
+    `limit` int32 [T], `group` int64 [T], `page_table` int64 [B, W] and `candidate_rows` int64 [c] as in
+    HostPlan. `write_rows`, `write_pages`, `write_offsets` int64 [w]: row write_rows[i] is stored at token
+    write_offsets[i] of page write_pages[i].
     """
 
     row_offsets: tuple[int, ...]
@@ -48,3 +76,26 @@ class KernelPlan:
     @property
     def rows(self) -> int:
         return self.row_offsets[-1]
+
+    @classmethod
+    def of(cls, plan: HostPlan, device: torch.device) -> KernelPlan:
+        """`plan` on `device`."""
+        written = np.flatnonzero(plan.target >= 0)
+        pages, offsets = np.divmod(plan.target[written].astype(np.int64), plan.page_tokens)
+
+        def tensor(values: npt.NDArray[np.integer]) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+        return cls(
+            row_offsets=(*plan.slots[:, 2].tolist(), plan.rows),
+            cached=tuple(plan.slots[:, 0].tolist()),
+            delta=tuple(plan.slots[:, 1].tolist()),
+            page_tokens=plan.page_tokens,
+            page_table=tensor(plan.page_table.astype(np.int64)),
+            limit=tensor(plan.limit),
+            group=tensor(plan.group.astype(np.int64)),
+            write_rows=tensor(written),
+            write_pages=tensor(pages),
+            write_offsets=tensor(offsets),
+            candidate_rows=tensor(plan.candidate_rows),
+        )

@@ -1,0 +1,290 @@
+#include "attention_work.h"
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "../cache/errors.h"
+
+namespace mtserve {
+namespace {
+
+constexpr int64_t kMaxTokens = int64_t{1} << 24;  // of a slot's prefix, and rows of a batch
+
+// Microseconds of one key block of 64 for a tile of which 1 .. 3 warpgroups have rows, of an item beside
+// its blocks, fitted to an H200 (benchmarks/bench_attention.py prints what they predict). Only ratios
+// matter: a wrong constant makes a plan slower, never wrong.
+struct Costs {
+    int32_t tile_rows;
+    double block[3];
+    double item;
+};
+
+constexpr Costs kTiles128{128, {0.52, 0.95, 0.95}, 4.5};
+constexpr Costs kTiles192{192, {0.65, 0.90, 1.19}, 4.5};
+constexpr Costs kTiles128Wide{128, {1.30, 1.75, 1.75}, 6.0};   // head dim 256
+// Head dims below 128 spend their time on SiLU, not on products, and so save less than they are smaller.
+constexpr double kNarrow[2] = {0.70, 0.80};                     // 32, 64
+// Partial sums are written and read once more, largely through L2: bytes a microsecond.
+constexpr double kPartialBytes = 6e6;
+
+// Deterministic runs have at least about this many blocks, a tile at most so many of them: a compromise
+// between a lone slot, which would want more, and a full chip, which wants none. Slots of kUnsplitTiles
+// tiles and more fill the chip without.
+constexpr int32_t kFixedRun = 8;
+constexpr int32_t kFixedPieces = 4;
+constexpr int32_t kUnsplitTiles = 8;
+// How much longer an order may take that shares L2 better.
+constexpr double kBalanceLoss = 1.02;
+// Runs shorter than this are not worth an item of their own.
+constexpr int32_t kMinRun = 3;
+
+struct Tile {
+    int32_t slot, row, rows, blocks;
+    double block_cost;
+    double cost() const { return blocks * block_cost; }
+};
+
+struct Run {
+    int32_t tile, begin, end, split;
+    double cost;
+};
+
+int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+void check(const WorkRequest& r) {
+    if (r.heads < 1 || r.heads > 1024) throw invalid_argument("heads", std::to_string(r.heads) + " is not in 1..1024");
+    if (r.head_dim != 32 && r.head_dim != 64 && r.head_dim != 128 && r.head_dim != 256)
+        throw invalid_argument("head_dim", std::to_string(r.head_dim) + " is not one of 32, 64, 128, 256");
+    if (r.sms < 1 || r.sms > 4096) throw invalid_argument("sms", std::to_string(r.sms) + " is not in 1..4096");
+    if (r.pieces < 0 || r.pieces > kMaxSplits)
+        throw invalid_argument("pieces", std::to_string(r.pieces) + " is not in 0.." + std::to_string(kMaxSplits));
+    if (r.tile_rows != 0 && r.tile_rows != 128 && (r.tile_rows != 192 || r.head_dim == 256))
+        throw invalid_argument("tile_rows", std::to_string(r.tile_rows) + " is not 128, or 192 with head dims up to 128");
+    if (r.rows > kMaxTokens) throw invalid_argument("limits", "more than 2^24 rows");
+    int64_t next = 0;
+    for (int64_t b = 0; b < r.slot_count; ++b) {
+        const int32_t* slot = r.slots + 4 * b;
+        const std::string at = "slots[" + std::to_string(b) + "]";
+        if (slot[0] < 0 || slot[1] < 0 || int64_t{slot[0]} + slot[1] > kMaxTokens)
+            throw invalid_argument(at, "cached and delta must be >= 0 and together at most 2^24");
+        if (slot[3] < slot[1]) throw invalid_argument(at, "has fewer rows than new tokens");
+        if (slot[2] != next) throw invalid_argument(at, "first_row is not where the rows of the slot before end");
+        next += slot[3];
+        if (next > r.rows) break;
+        int32_t most = 0, least = 0;
+        for (int64_t row = slot[2]; row < next; ++row) {
+            most = std::max(most, r.limits[row]);
+            least = std::min(least, r.limits[row]);
+        }
+        if (least < 0 || most > slot[0] + slot[1])
+            throw invalid_argument("limits", "a row of " + at + " sees more than its prefix, or less than nothing");
+    }
+    if (next != r.rows) throw invalid_argument("limits", "needs one limit a row of the slots");
+}
+
+class Planner {
+public:
+    Planner(const WorkRequest& request, const Costs& costs) : request_(request), costs_(costs) {
+        const double narrow = request.head_dim == 32 ? kNarrow[0] : request.head_dim == 64 ? kNarrow[1] : 1.0;
+        for (int64_t b = 0; b < request.slot_count; ++b) add_tiles(static_cast<int32_t>(b), narrow);
+        // All heads of an item run side by side, so that sms / heads items are under way at a time.
+        lanes_ = std::max(1, request.sms / request.heads);
+        total_ = std::accumulate(tiles_.begin(), tiles_.end(), 0.0, [](double sum, const Tile& t) { return sum + t.cost(); });
+    }
+
+    // Keeps the fastest of a few ways to cut, by estimate.
+    void choose() {
+        consider(uniform(1));
+        if (tiles_.size() > static_cast<size_t>(2 * lanes_)) return;
+        for (double slack : {1.0, 1.05, 1.12}) consider(even_shares(slack));
+        for (int rounds : {1, 2, 3})
+            if (tiles_.size() <= static_cast<size_t>(rounds * lanes_)) consider(by_rounds(rounds));
+    }
+    void choose_uniform(int32_t pieces) { consider(uniform(pieces)); }
+    void choose_fixed() {
+        // Only of the slot's own: its number of tiles and each tile's blocks.
+        runs_.clear();
+        for (size_t t = 0; t < tiles_.size(); ++t) {
+            const int32_t tiles_of_slot = ceil_div(request_.slots[4 * tiles_[t].slot + 3], costs_.tile_rows);
+            const int32_t pieces = std::min(kFixedPieces, (tiles_[t].blocks + kFixedRun / 2) / kFixedRun);
+            cut(t, tiles_of_slot >= kUnsplitTiles ? 1 : pieces);
+        }
+        consider(runs_);
+    }
+
+    double estimate() const { return best_; }
+    const std::vector<Run>& runs() const { return kept_; }
+    const std::vector<Tile>& tiles() const { return tiles_; }
+    int32_t tile_rows() const { return costs_.tile_rows; }
+
+private:
+    void add_tiles(int32_t index, double narrow) {
+        const int32_t* slot = request_.slots + 4 * index;
+        const int32_t pages = ceil_div(slot[0], kBlockTokens);
+        for (int32_t at = 0; at < slot[3]; at += costs_.tile_rows) {
+            const int32_t row = slot[2] + at, rows = std::min(costs_.tile_rows, slot[3] - at);
+            int32_t most = 0;  // by a plain loop, which becomes vector code
+            for (int32_t i = row; i < row + rows; ++i) most = std::max(most, request_.limits[i]);
+            const int32_t blocks =
+                most <= slot[0] ? ceil_div(most, kBlockTokens) : pages + ceil_div(most - slot[0], kBlockTokens);
+            tiles_.push_back({index, row, rows, blocks, narrow * costs_.block[ceil_div(rows, kBlockTokens) - 1]});
+        }
+    }
+
+    void add_run(size_t tile, int32_t begin, int32_t end, int32_t split) {
+        runs_.push_back({static_cast<int32_t>(tile), begin, end, split, costs_.item + (end - begin) * tiles_[tile].block_cost});
+    }
+    void cut(size_t tile, int32_t pieces) {
+        const int64_t blocks = tiles_[tile].blocks;
+        pieces = std::clamp<int32_t>(pieces, 1, std::clamp<int32_t>(tiles_[tile].blocks, 1, kMaxSplits));
+        for (int32_t i = 0; i < pieces; ++i)
+            add_run(tile, static_cast<int32_t>(blocks * i / pieces), static_cast<int32_t>(blocks * (i + 1) / pieces), i);
+    }
+    const std::vector<Run>& uniform(int32_t pieces) {
+        runs_.clear();
+        for (size_t t = 0; t < tiles_.size(); ++t) cut(t, pieces);
+        return runs_;
+    }
+    // Runs as short as `rounds` of them for each lane allow.
+    const std::vector<Run>& by_rounds(int rounds) {
+        const auto pieces = [this](const Tile& tile, double chunk) {
+            return std::clamp<int64_t>(static_cast<int64_t>(tile.cost() / chunk + 0.999), 1, kMaxSplits);
+        };
+        double chunk = std::max(1.0, total_ / (lanes_ * rounds));
+        for (;; chunk *= 1.06) {
+            int64_t items = 0;
+            for (const Tile& tile : tiles_) items += pieces(tile, chunk);
+            if (items <= int64_t{rounds} * lanes_) break;  // at last one a tile, which fits
+        }
+        runs_.clear();
+        for (size_t t = 0; t < tiles_.size(); ++t) cut(t, static_cast<int32_t>(pieces(tiles_[t], chunk)));
+        return runs_;
+    }
+    // Every lane gets the same share of the whole, laid out tile after tile, whose cuts fall where a share is full.
+    const std::vector<Run>& even_shares(double slack) {
+        const double items = static_cast<double>(std::max<size_t>(tiles_.size(), lanes_)) + lanes_ / 2.0;
+        const double share = slack * (total_ + costs_.item * items) / lanes_;
+        double room = share;
+        runs_.clear();
+        for (size_t t = 0; t < tiles_.size(); ++t) {
+            const Tile& tile = tiles_[t];
+            int32_t at = 0, split = 0;
+            do {
+                if (room < costs_.item + kMinRun * tile.block_cost) room = share;
+                int32_t take = std::min(tile.blocks - at, std::max<int32_t>(kMinRun, (room - costs_.item) / tile.block_cost));
+                if (tile.blocks - at - take < kMinRun || split == kMaxSplits - 1) take = tile.blocks - at;
+                add_run(t, at, at + take, split++);
+                room -= runs_.back().cost;
+                at += take;
+            } while (at < tile.blocks);
+        }
+        return runs_;
+    }
+
+    // Microseconds of the launch when items are taken in this order, each by the lane that is free first.
+    double makespan(const std::vector<Run>& runs) {
+        const size_t lanes = std::min(runs.size(), static_cast<size_t>(lanes_));
+        lane_ends_.clear();
+        for (size_t i = 0; i < lanes; ++i) lane_ends_.push_back(runs[i].cost);
+        std::make_heap(lane_ends_.begin(), lane_ends_.end(), std::greater<>());
+        for (size_t i = lanes; i < runs.size(); ++i) {
+            std::pop_heap(lane_ends_.begin(), lane_ends_.end(), std::greater<>());
+            lane_ends_.back() += runs[i].cost;
+            std::push_heap(lane_ends_.begin(), lane_ends_.end(), std::greater<>());
+        }
+        return lanes ? *std::max_element(lane_ends_.begin(), lane_ends_.end()) : 0.0;
+    }
+
+    // Microseconds for what goes through memory: fp32 partial sums, or a direct output of 2 bytes, written and read.
+    double traffic(const std::vector<Run>& runs) const {
+        double rows = 0.0;
+        bool split = false;
+        for (const Run& run : runs) {
+            rows += tiles_[run.tile].rows;
+            split = split || run.split > 0;
+        }
+        return rows * request_.heads * request_.head_dim * (split ? 8.0 : 4.0) / kPartialBytes;
+    }
+
+    void consider(const std::vector<Run>& runs) {
+        double sum = 0.0, longest = 0.0;
+        for (const Run& run : runs) {
+            sum += run.cost;
+            longest = std::max(longest, run.cost);
+        }
+        const double memory = traffic(runs);
+        if (std::max(sum / lanes_, longest) + memory >= best_) return;
+
+        // Longest first balances best. Slot by slot, longest first within each, keeps a slot's K and V in L2
+        // while its tiles run, and is taken where it costs next to nothing.
+        order_ = runs;
+        std::stable_sort(order_.begin(), order_.end(), [](const Run& a, const Run& b) { return a.cost > b.cost; });
+        double time = makespan(order_);
+        by_slot_ = runs;
+        std::stable_sort(by_slot_.begin(), by_slot_.end(), [this](const Run& a, const Run& b) {
+            const int32_t slot_a = tiles_[a.tile].slot, slot_b = tiles_[b.tile].slot;
+            return slot_a != slot_b ? slot_a < slot_b : a.cost > b.cost;
+        });
+        if (const double slots_time = makespan(by_slot_); slots_time <= kBalanceLoss * time) {
+            time = slots_time;
+            order_.swap(by_slot_);
+        }
+        if (time + memory >= best_) return;
+        best_ = time + memory;
+        kept_.swap(order_);
+    }
+
+    const WorkRequest& request_;
+    const Costs& costs_;
+    std::vector<Tile> tiles_;
+    std::vector<Run> runs_, order_, by_slot_, kept_;
+    std::vector<double> lane_ends_;
+    int32_t lanes_ = 1;
+    double total_ = 0.0;
+    double best_ = 1e300;
+};
+
+WorkPlan write(const Planner& planner, const WorkRequest& request, const WorkOut& out) {
+    const int64_t items = static_cast<int64_t>(planner.runs().size());
+    if (items > out.capacity)
+        throw invalid_argument("out_work", std::to_string(items) + " items; there is room for " + std::to_string(out.capacity));
+    std::vector<int32_t> splits(planner.tiles().size());
+    int32_t* word = out.work;
+    for (const Run& run : planner.runs()) {
+        const Tile& tile = planner.tiles()[run.tile];
+        const int32_t item[kItemWords] = {tile.slot, tile.row, tile.rows, run.begin, run.end, run.split, 0, 0};
+        word = std::copy(item, item + kItemWords, word);
+        splits[run.tile] = std::max(splits[run.tile], run.split + 1);
+    }
+    for (size_t t = 0; t < splits.size(); ++t)
+        std::fill_n(out.splits + planner.tiles()[t].row, planner.tiles()[t].rows, splits[t]);
+    std::fill(out.splits + request.rows, out.splits + out.splits_size, 0);
+    const int32_t most = splits.empty() ? 1 : *std::max_element(splits.begin(), splits.end());
+    return {items, most, planner.tile_rows()};
+}
+
+}  // namespace
+
+WorkPlan plan_attention_work(const WorkRequest& request, const WorkOut& out) {
+    check(request);
+    if (out.splits_size < request.rows) throw invalid_argument("out_splits", "needs one entry a row");
+    const bool wide = request.head_dim == 256;
+    const auto planned = [&](const Costs& costs) {
+        Planner planner(request, costs);
+        if (request.pieces) planner.choose_uniform(request.pieces);
+        else if (request.deterministic) planner.choose_fixed();
+        else planner.choose();
+        return planner;
+    };
+    if (wide) return write(planned(kTiles128Wide), request, out);
+    if (request.tile_rows == 128) return write(planned(kTiles128), request, out);
+    Planner tiles192 = planned(kTiles192);
+    if (request.tile_rows == 192 || request.deterministic) return write(tiles192, request, out);
+    Planner tiles128 = planned(kTiles128);
+    return write(tiles192.estimate() < tiles128.estimate() ? tiles192 : tiles128, request, out);
+}
+
+}  // namespace mtserve

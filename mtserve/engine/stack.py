@@ -1,0 +1,107 @@
+"""The layers of one model with the kernels of the GPU: five or six launches a layer, static buffers, no allocation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mtserve.engine.metadata import Metadata
+from mtserve.errors import InvalidArgument
+from mtserve.kernels.attention.cuda import AttentionKernel
+from mtserve.kernels.attention.work import AttentionWork
+from mtserve.kernels.group_layer_norm.triton import group_layer_norm
+from mtserve.kernels.norm_gate.triton import norm_gate
+from mtserve.kernels.projection_silu.triton import fusable, project, silu_pages
+from mtserve.model.hstu import HSTULayer
+from mtserve.model.ranking import RankingModel
+
+# Partial sums are fp32 [splits, rows, width]; a bucket's splits are bounded so that they fit this.
+PARTIAL_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Activations of `rows` rows; every bucket uses the front of each."""
+
+    x: torch.Tensor
+    normalised: torch.Tensor
+    mixed: torch.Tensor
+    attended: torch.Tensor
+    gated: torch.Tensor
+    partial: torch.Tensor
+
+
+class Stack:
+    """Runs all layers over the first `bucket` rows of `buffers.x`, in place. Capturable as one CUDA graph."""
+
+    def __init__(self, model: RankingModel, pool: torch.Tensor | None, page_tokens: int, rows: int) -> None:
+        config, device, dtype = model.config, model.device, model.dtype
+        if config.d % 8:
+            raise InvalidArgument(f"{config.d} is not a multiple of 8, as the matrix units want it", field="d")
+        self._config = config
+        self._pool = pool
+        self._layers = [layer for layer in model.layers if isinstance(layer, HSTULayer)]
+        self._attention = AttentionKernel(
+            config.heads, config.head_dim, dtype, page_tokens, config.layers, pool, device
+        )
+        # x leaves out the output biases: each reader adds the sum of those so far, and saves a pass over x a layer.
+        biases = torch.stack([layer.output_bias.float() for layer in self._layers])
+        self._offsets = torch.cat((torch.zeros_like(biases[:1]), biases.cumsum(0))).contiguous()
+        width = config.heads * config.head_dim
+
+        def zeros(columns: int) -> torch.Tensor:
+            return torch.zeros(rows, columns, dtype=dtype, device=device)
+
+        self.buffers = Buffers(
+            x=zeros(config.d),
+            normalised=zeros(config.d),
+            mixed=zeros(4 * width),
+            attended=zeros(width),
+            gated=zeros(width),
+            partial=torch.zeros(min(PARTIAL_BYTES, 16 * rows * width * 4) // 4, dtype=torch.float32, device=device),
+        )
+
+    @property
+    def sms(self) -> int:
+        return self._attention.sms
+
+    @property
+    def final_offset(self) -> torch.Tensor:
+        """fp32 [d]: what to add to the rows of x after the last layer."""
+        return self._offsets[-1]
+
+    def max_splits(self, bucket: int) -> int:
+        """Partial sums a row that fit the buffer."""
+        return min(16, len(self.buffers.partial) // (bucket * self._config.heads * self._config.head_dim))
+
+    def run(self, bucket: int, metadata: Metadata, tile_rows: int, *, direct: bool) -> None:
+        """All layers on the current stream; `direct`: every row has one split."""
+        work = metadata.work(bucket, tile_rows)
+        group, target = metadata.on_device(bucket, "group"), metadata.on_device(bucket, "target")
+        for index in range(len(self._layers)):
+            self._layer(index, bucket, work, group, target, direct)
+
+    def _layer(
+        self, index: int, rows: int, work: AttentionWork, group: torch.Tensor, target: torch.Tensor, direct: bool
+    ) -> None:
+        config, layer, buffers = self._config, self._layers[index], self.buffers
+        width = config.heads * config.head_dim
+        x, normalised, mixed = buffers.x[:rows], buffers.normalised[:rows], buffers.mixed[:rows]
+        attended, gated = buffers.attended[:rows], buffers.gated[:rows]
+        if not direct:
+            splits = self.max_splits(rows)
+            attended = buffers.partial[: splits * rows * width].view(splits, rows, width)
+        group_layer_norm(x, layer.norm_weight, layer.norm_bias, group, self._offsets[index], normalised)
+        if fusable(rows, width):
+            project(normalised, layer.uvqk_weight, layer.uvqk_bias, target, mixed, self._pool, index)
+        else:
+            torch.mm(normalised, layer.uvqk_weight, out=mixed)
+            silu_pages(mixed, layer.uvqk_bias, target, self._pool, index)
+        self._attention.run(
+            mixed.view(rows, 4, config.heads, config.head_dim), index, work, attended, config.attention_length
+        )
+        norm_gate(
+            attended, mixed[:, :width], layer.gate_weight, layer.gate_bias, group, config.gate_first, work.splits, gated
+        )
+        x.addmm_(gated, layer.output_weight)

@@ -1,0 +1,96 @@
+"""The few calls of the CUDA driver that our kernels need, over ctypes: every return code is checked.
+
+Uses the context that torch made current; a caller elsewhere enters `torch.cuda.device` first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+
+from mtserve.errors import FailedPrecondition
+
+TENSOR_MAP_BYTES = 128
+# CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion, CUfunction_attribute of cuda.h
+_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+_SWIZZLES = {64: 2, 128: 3}  # by bytes of a box's row
+_L2_PROMOTION_256_BYTES = 3
+_MAX_DYNAMIC_SHARED_BYTES = 8
+
+
+class CudaError(FailedPrecondition):
+    """A call of the CUDA driver failed."""
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CudaError(f"the CUDA driver could not be loaded: {error}", field="libcuda.so.1") from None
+
+
+def _call(name: str, *arguments: Any) -> None:
+    code = getattr(_library(), name)(*arguments)
+    if code:
+        text = ctypes.c_char_p()
+        _library().cuGetErrorString(code, ctypes.byref(text))
+        raise CudaError(f"error {code}: {(text.value or b'unknown').decode()}", field=name)
+
+
+class Module:
+    """A loaded cubin. Stays loaded for the life of the process, as captured graphs may hold its functions."""
+
+    def __init__(self, image: bytes) -> None:
+        self._handle = ctypes.c_void_p()
+        _call("cuModuleLoadData", ctypes.byref(self._handle), image)
+
+    def read_int(self, name: str) -> int:
+        """The value of a global `const int`."""
+        address, size, value = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_int()
+        _call("cuModuleGetGlobal_v2", ctypes.byref(address), ctypes.byref(size), self._handle, name.encode())
+        _call("cuMemcpyDtoH_v2", ctypes.byref(value), address, ctypes.c_size_t(ctypes.sizeof(value)))
+        return value.value
+
+    def function(self, name: str, shared_bytes: int) -> Function:
+        """The kernel `name`, allowed `shared_bytes` of dynamic shared memory."""
+        handle = ctypes.c_void_p()
+        _call("cuModuleGetFunction", ctypes.byref(handle), self._handle, name.encode())
+        _call("cuFuncSetAttribute", handle, _MAX_DYNAMIC_SHARED_BYTES, ctypes.c_int(shared_bytes))
+        return Function(handle, shared_bytes)
+
+
+class Function:
+    """A kernel of a module."""
+
+    def __init__(self, handle: ctypes.c_void_p, shared_bytes: int) -> None:
+        self._handle = handle
+        self._shared_bytes = shared_bytes
+
+    def launch(self, grid: int, threads: int, *parameters: Any) -> None:
+        """Launch on torch's current stream. `parameters` are ctypes values, copied before this returns."""
+        addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(each) for each in parameters))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        shape = (ctypes.c_uint(size) for size in (grid, 1, 1, threads, 1, 1, self._shared_bytes))
+        _call("cuLaunchKernel", self._handle, *shape, stream, addresses, None)
+
+
+def tensor_map(pointer: int, dtype: torch.dtype, shape: tuple[int, int], box: tuple[int, int]) -> Any:
+    """Map of a contiguous matrix of `shape` (rows, columns) at `pointer` for copies of `box` (rows, columns).
+
+    A box's row has 64 or 128 bytes and is swizzled over as many; what lies outside the matrix reads as zero.
+    """
+    rows, columns = shape
+    # The encoder wants 64-byte alignment, which ctypes does not promise; the view keeps the buffer alive.
+    raw = ctypes.create_string_buffer(TENSOR_MAP_BYTES + 64)
+    made = (ctypes.c_char * TENSOR_MAP_BYTES).from_buffer(raw, -ctypes.addressof(raw) % 64)
+    _call(
+        "cuTensorMapEncodeTiled", made, _TYPES[dtype], ctypes.c_uint32(2), ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(columns * dtype.itemsize),
+        (ctypes.c_uint32 * 2)(box[1], box[0]), (ctypes.c_uint32 * 2)(1, 1),
+        0, _SWIZZLES[box[1] * dtype.itemsize], _L2_PROMOTION_256_BYTES, 0,
+    )  # fmt: skip
+    return made
