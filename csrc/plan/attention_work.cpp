@@ -22,13 +22,20 @@ struct Costs {
     double item;
 };
 
-constexpr Costs kTiles128{128, {0.52, 0.95, 0.95}, 4.5};
-constexpr Costs kTiles192{192, {0.65, 0.90, 1.19}, 4.5};
-constexpr Costs kTiles128Wide{128, {1.30, 1.75, 1.75}, 6.0};   // head dim 256
+constexpr Costs kTiles128{128, {0.45, 0.66, 0.66}, 10.0};
+constexpr Costs kTiles192{192, {0.60, 0.80, 1.05}, 11.0};
+constexpr Costs kTiles128Wide{128, {1.00, 1.28, 1.28}, 17.0};  // head dim 256
 // Head dims below 128 spend their time on SiLU, not on products, and so save less than they are smaller.
 constexpr double kNarrow[2] = {0.70, 0.80};                     // 32, 64
 // Partial sums are written and read once more, largely through L2: bytes a microsecond.
 constexpr double kPartialBytes = 6e6;
+// Tiles of a slot that are cut alike run side by side and read K and V through L2 once. Cut apart, each reads
+// them from memory (bytes a microsecond) where all slots' do not fit L2; other work hides all but a share.
+constexpr double kMemoryBytes = 3.5e6;
+// Every item reads its own key blocks through L2; when all multiprocessors do, this bounds a block's time.
+constexpr double kL2Rate = 5.5e6;
+constexpr double kL2Bytes = 40e6;
+constexpr double kExposedShare = 0.35;
 
 // Deterministic runs have at least about this many blocks, a tile at most so many of them: a compromise
 // between a lone slot, which would want more, and a full chip, which wants none. Slots of kUnsplitTiles
@@ -97,13 +104,14 @@ public:
 
     // Keeps the fastest of a few ways to cut, by estimate.
     void choose() {
-        consider(uniform(1));
+        consider(uniform(1), 0.0);
         if (tiles_.size() > static_cast<size_t>(2 * lanes_)) return;
-        for (double slack : {1.0, 1.05, 1.12}) consider(even_shares(slack));
+        const double reread = rereading();
+        for (double slack : {1.0, 1.05, 1.12}) consider(even_shares(slack), reread);
         for (int rounds : {1, 2, 3})
-            if (tiles_.size() <= static_cast<size_t>(rounds * lanes_)) consider(by_rounds(rounds));
+            if (tiles_.size() <= static_cast<size_t>(rounds * lanes_)) consider(by_rounds(rounds), 0.0);
     }
-    void choose_uniform(int32_t pieces) { consider(uniform(pieces)); }
+    void choose_uniform(int32_t pieces) { consider(uniform(pieces), 0.0); }
     void choose_fixed() {
         // Only of the slot's own: its number of tiles and each tile's blocks.
         runs_.clear();
@@ -112,7 +120,7 @@ public:
             const int32_t pieces = std::min(kFixedPieces, (tiles_[t].blocks + kFixedRun / 2) / kFixedRun);
             cut(t, tiles_of_slot >= kUnsplitTiles ? 1 : pieces);
         }
-        consider(runs_);
+        consider(runs_, 0.0);
     }
 
     double estimate() const { return best_; }
@@ -209,13 +217,33 @@ private:
         return rows * request_.heads * request_.head_dim * (split ? 8.0 : 4.0) / kPartialBytes;
     }
 
-    void consider(const std::vector<Run>& runs) {
+    // Microseconds that tiles of a slot lose when they do not share what they read.
+    double rereading() const {
+        const double token_bytes = 4.0 * request_.heads * request_.head_dim;
+        double once = 0.0, again = 0.0;
+        for (size_t t = 0; t < tiles_.size(); ++t) {
+            const bool first = t == 0 || tiles_[t].slot != tiles_[t - 1].slot;
+            (first ? once : again) += token_bytes * kBlockTokens * tiles_[t].blocks;
+        }
+        return once > kL2Bytes ? kExposedShare * again / kMemoryBytes : 0.0;
+    }
+
+    // What the runs cost when as many of them as there are multiprocessors read at once.
+    void contend() {
+        const double busy = std::min<double>(request_.sms, static_cast<double>(runs_.size()) * request_.heads);
+        const double block = 4.0 * kBlockTokens * request_.head_dim * busy / kL2Rate;
+        for (Run& run : runs_)
+            run.cost = costs_.item + (run.end - run.begin) * std::max(block, tiles_[run.tile].block_cost);
+    }
+
+    void consider(const std::vector<Run>& runs, double reread) {
+        contend();
         double sum = 0.0, longest = 0.0;
         for (const Run& run : runs) {
             sum += run.cost;
             longest = std::max(longest, run.cost);
         }
-        const double memory = traffic(runs);
+        const double memory = traffic(runs) + reread;
         if (std::max(sum / lanes_, longest) + memory >= best_) return;
 
         // Longest first balances best. Slot by slot, longest first within each, keeps a slot's K and V in L2
