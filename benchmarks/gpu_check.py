@@ -1,10 +1,10 @@
-"""The GPU's own check: the tests marked `gpu`, then replays in bf16, one result file.
+"""The GPU's own check: the tests marked `gpu`, the kernel and forward benchmarks, then replays in bf16.
 
     make gpu-check                      needs a CUDA device and the packages of the interpreter it runs in
     python benchmarks/gpu_check.py --out DIR --users 200 --requests 2000
 
-Fails when a test fails, when not a single GPU test ran, or when a replay's scores break the
-exactness contract. The EB-NeRD replay needs its trace and says so where it is missing.
+Fails when a test fails, when not a single GPU test ran, when a benchmark's correctness check fails, or when
+a replay's scores break the exactness contract. Writes gpu_check.json, attention.json and forward.json. The EB-NeRD replay needs its trace and says so where it is missing.
 """
 
 from __future__ import annotations
@@ -38,6 +38,14 @@ def run_tests() -> dict[str, int]:
     return counts
 
 
+def run_benchmark(name: str, out: Path) -> None:
+    """Run benchmarks/bench_NAME.py into `out`; exits when its correctness check fails."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"bench_{name}.py"), "--out", str(out / f"{name}.json")]
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if status != 0:
+        sys.exit(f"bench_{name} failed with status {status}")
+
+
 def generated_trace(folder: Path, users: int, requests: int, seed: int) -> Path:
     """A calibrated-synthetic trace."""
     path = folder / "generated.jsonl.gz"
@@ -60,6 +68,8 @@ def main() -> int:
         sys.exit("no CUDA device here; this check is for a machine that has one")
     options.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"stamp": stamp(seed=options.seed, device="cuda:0"), "tests": run_tests(), "replays": {}}
+    for name in ("attention", "forward"):
+        run_benchmark(name, options.out)
     common = ["--device", "cuda", "--model", "hstu-512", "--seed", str(options.seed)]
     trace = ebnerd_trace()
     if trace is None:

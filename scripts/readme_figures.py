@@ -49,8 +49,7 @@ def figures() -> str:
         "",
         "Replays of the EB-NeRD trace (538 requests, 19 users) in a closed loop of 8 requests, GPU tier at a share of",
         "the final working set, host tier at all of it; 'uncached' encodes every history whole with the same kernels.",
-        "The kernels are plain torch so far, and uncached requests batch well: on a GPU this says what is right, not",
-        "what is fast.",
+        "On the GPU these replays still wait for the loop's Python more than for the kernels (see the forward table).",
         "",
         f"`{first['model']}`, float32 on the CPU ({hardware(cpu['stamp'])}):",
         "",
@@ -60,10 +59,26 @@ def figures() -> str:
         "",
         *replay_rows(gpu["replays"]),
         "",
+        *forward_lines(load("forward.json")),
         *planning_lines(planning),
         *history_lines(history),
     ]
     return "\n".join(lines)
+
+
+def forward_lines(result: dict[str, Any]) -> list[str]:
+    """The layers alone, cached and full, beside the floor and the best public stack where one was measured."""
+    rows = [
+        f"All layers of one batch, bfloat16, medians ({hardware(result['stamp'])}; B users of L cached tokens, `new`",
+        "behaviours and N candidates each; 'full' encodes everything; floor: the larger of FLOP / 600e12 and bytes / 4.2e12):",
+        "",
+        "| shape | ms | floor, ms | best public stack, ms |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in result["results"]:
+        public = f"{row['public_ms']:.2f}" if row["public_ms"] else "-"
+        rows.append(f"| {row['case']} | {row['ms']:.3f} | {row['floor_ms']:.3f} | {public} |")
+    return [*rows, ""]
 
 
 def planning_lines(result: dict[str, Any]) -> list[str]:
