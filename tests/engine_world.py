@@ -14,6 +14,9 @@ from small_models import START_MS, make_behaviours, make_candidates, make_featur
 
 from mtserve.config import EngineConfig
 from mtserve.engine.engine import Engine
+from mtserve.engine.planner import BatchPlan
+from mtserve.engine.runner import BatchRunner
+from mtserve.engine.runner import Pending as PendingBatch
 from mtserve.engine.setup import DTYPES, page_shape
 from mtserve.errors import TransferFailed
 from mtserve.history.store import HistoryStore
@@ -102,6 +105,18 @@ class Pending:
         assert result.gpu_tokens + result.host_tokens + result.encoded_tokens == result.prefix_tokens
         assert min(result.gpu_tokens, result.host_tokens, result.encoded_tokens) >= 0
         return result
+
+
+class OverlappingRunner:
+    """A runner whose batches count as under way until the loop's next step, as those on a GPU do."""
+
+    overlaps = True
+
+    def __init__(self, runner: BatchRunner) -> None:
+        self.runner = runner
+
+    def start(self, plan: BatchPlan) -> PendingBatch:
+        return self.runner.start(plan)
 
 
 class World:
@@ -224,6 +239,13 @@ class World:
         self.truth = model
 
     # What the engine is made of
+
+    def overlap(self) -> None:
+        """Have the loop plan each batch while the one before it runs."""
+        core = self.engine._core
+        make = core._make_runner
+        core._make_runner = lambda model: OverlappingRunner(make(model))  # type: ignore[method-assign]
+        core._runner = OverlappingRunner(core._runner)
 
     def delay_copies(self, late: bool = True, fault: Fault | None = None) -> DelayedMover:
         mover = DelayedMover(self.tiers.mover, late, fault)

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from mtserve.config import EngineConfig
 from mtserve.engine import setup
 from mtserve.engine.job import Job
 from mtserve.engine.planner import BatchPlan, Planner
-from mtserve.engine.runner import BatchRunner, Runner
+from mtserve.engine.runner import BatchRunner, Pending, Runner
 from mtserve.engine.scheduler import Scheduler, Slot
 from mtserve.engine.sequence import SequenceBuilder, UserSequence
 from mtserve.engine.tiers import Reservation, Tiers
@@ -33,6 +34,17 @@ from mtserve.types import Clock, History, ScoreResult
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Flight:
+    """A batch between its launch and its answers."""
+
+    slots: Sequence[Slot]
+    reservation: Reservation | None
+    plan: BatchPlan
+    pending: Pending
+    began: float
+
+
 class Core:
     """Everything between an admitted job and its answer."""
 
@@ -46,6 +58,7 @@ class Core:
         self._clock = clock
         self.kernels = setup.resolve_kernels(config.kernels, model.config, self.device, self.dtype, config.page_tokens)
         self._recent_s: deque[float] = deque(maxlen=32)
+        self._flight: Flight | None = None
         self._forgotten: set[str] = set()  # deleted users with requests in the queue
         self._shape = setup.page_shape(model.config, config, self.dtype)
         self.scheduler = Scheduler(config, metrics, static_attention=model.config.static_attention)
@@ -102,16 +115,22 @@ class Core:
         self.scheduler.add(job)
 
     def step(self) -> bool:
-        """One turn of the loop; False when there was nothing to do."""
+        """One turn of the loop; False when there was nothing to do.
+
+        Where the runner overlaps, a batch is planned and launched while the one before it runs.
+        """
         self.scheduler.drop_hopeless(self._clock(), min(self._recent_s, default=0.0))
         progress = self._finish_copies()
         slots = self.scheduler.take(self._cached)
-        if slots:
-            self._run(slots)
+        launched = self._launch(slots) if slots else None
+        landed = self.land()
+        self._flight = launched
+        if not self._runner.overlaps:
+            self.land()
         if self.tiers is not None:
             self.tiers.write_back()
         self._metrics.set("queue_length", len(self.scheduler))
-        return progress or bool(slots)
+        return progress or bool(slots) or landed
 
     def _finish_copies(self) -> bool:
         """Publish the copies that ended, start the onloads that waiting requests need."""
@@ -124,7 +143,8 @@ class Core:
     def _cached(self, job: Job) -> int | None:
         return 0 if self.tiers is None else self.tiers.cached(job)
 
-    def _run(self, slots: Sequence[Slot]) -> None:
+    def _launch(self, slots: Sequence[Slot]) -> Flight | None:
+        """Reserve, plan and start a batch; None when that failed, and its requests with it."""
         began = self._clock()
         reservation: Reservation | None = None
         parts = [slot for slot in slots if slot.partial]
@@ -133,14 +153,27 @@ class Core:
             plan = self._planner.plan(slots, reservation)
             # A part that found no pages was planned whole: its jobs, which `take` left queued, are answered now.
             self.scheduler.remove([job for slot in parts if not slot.partial for job in slot.jobs])
-            logits = self._runner.run(plan)
+            return Flight(slots, reservation, plan, self._runner.start(plan), began)
         except Exception as error:
             log.exception("a batch of %d users failed", len(slots))
             self._fail(slots, reservation, error)
-            return
-        seconds = self._clock() - began
+            return None
+
+    def land(self) -> bool:
+        """Wait for the batch under way and answer it; False when there is none."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return False
+        try:
+            logits = flight.pending.result()
+        except Exception as error:
+            log.exception("a batch of %d users failed", len(flight.slots))
+            self._fail(flight.slots, flight.reservation, error)
+            return True
+        seconds = self._clock() - flight.began
         self._recent_s.append(seconds)
-        self._commit(slots, reservation, plan, logits, seconds)
+        self._commit(flight.slots, flight.reservation, flight.plan, logits, seconds)
+        return True
 
     def _commit(
         self,
@@ -162,18 +195,20 @@ class Core:
         metrics.observe("batch_requests", len(plan.scored))
         metrics.observe("batch_tokens", plan.tokens)
         metrics.observe("batch_seconds", seconds)
+        scores = 0.5 * (1.0 + np.tanh(0.5 * logits))
+        finite = bool(np.isfinite(logits).all())
         for job, first, last in plan.scored:
-            self._answer(job, logits[first:last])
+            self._answer(job, logits[first:last], scores[first:last], finite)
 
-    def _answer(self, job: Job, logits: npt.NDArray[np.float32]) -> None:
-        if not np.isfinite(logits).all():
+    def _answer(self, job: Job, logits: npt.NDArray[np.float32], scores: npt.NDArray[np.float32], finite: bool) -> None:
+        if not finite and not np.isfinite(logits).all():
             self.invalidate(job.user_id)
             job.fail(CorruptState(f"scores of user {job.user_id!r} are not finite; the user's states were dropped"))
             self._metrics.count("failed_total")
             return
         seconds = self._clock() - job.arrived
         result = ScoreResult(
-            scores=0.5 * (1.0 + np.tanh(0.5 * logits)),
+            scores=scores,
             logits=logits,
             tasks=self.model.config.tasks,
             position=job.sequence.position,
@@ -229,6 +264,7 @@ class Core:
             raise FailedPrecondition("its configuration differs from the served model's", field="model")
         if model.schema != self.model.schema:
             raise FailedPrecondition("its feature schema differs from the served model's", field="model")
+        self.land()
         self._install(model)
         self.invalidate(None)
         for job in self.scheduler.jobs():
@@ -242,7 +278,7 @@ class Core:
 
     def busy(self) -> bool:
         """Whether requests wait or copies are under way."""
-        return len(self.scheduler) > 0 or (self.tiers is not None and self.tiers.busy())
+        return len(self.scheduler) > 0 or self._flight is not None or (self.tiers is not None and self.tiers.busy())
 
     def check(self) -> None:
         """Raise when any structure of the loop is inconsistent."""
@@ -263,7 +299,8 @@ class Core:
         }
 
     def close(self, error: Exception) -> None:
-        """Answer what still waits with `error` and let every copy end."""
+        """Answer what still waits with `error` and let the batch and every copy under way end."""
+        self.land()
         for job in self.scheduler.clear():
             job.fail(error)
         if self.tiers is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +14,10 @@ import torch
 from mtserve.engine.metadata import Metadata, bucket_rows
 from mtserve.engine.planner import BatchPlan
 from mtserve.engine.stack import Stack
+from mtserve.engine.staging import Staging
 from mtserve.kernels.plan import HostPlan
 from mtserve.model.ranking import RankingModel
+from mtserve.model.tokeniser import Array
 
 # Graphs kept at once; the least recently used goes first. A graph of 8 layers takes a few hundred KiB.
 MAX_GRAPHS = 256
@@ -27,8 +31,24 @@ class GraphKey(NamedTuple):
     direct: bool
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A batch on its way; its states are in their pages and its logits here when `done` has passed."""
+
+    logits: torch.Tensor
+    done: torch.cuda.Event
+
+    def result(self) -> npt.NDArray[np.float32]:
+        """float32 [candidates of the batch, tasks] logits; waits for them."""
+        self.done.synchronize()
+        result: npt.NDArray[np.float32] = self.logits.numpy()
+        return result
+
+
 class GraphRunner:
     """Executes plans with the CUDA kernels. `capture=False` launches kernel by kernel: the same results, slower."""
+
+    overlaps = True
 
     def __init__(
         self, model: RankingModel, pool: torch.Tensor | None, page_tokens: int, *, rows: int, slots: int, width: int,
@@ -40,6 +60,7 @@ class GraphRunner:
         with torch.inference_mode():
             self._stack = Stack(model, pool, page_tokens, rows)
             self._metadata = Metadata(rows, slots, width, model.device)
+        self._staging = Staging(model.device)
         self._graphs: OrderedDict[GraphKey, torch.cuda.CUDAGraph] = OrderedDict()
         self.padded_rows = 0  # rows computed for nothing, of all
         self.rows = 0
@@ -55,21 +76,30 @@ class GraphRunner:
         return self._stack.final_offset
 
     @torch.inference_mode()
-    def run(self, plan: BatchPlan) -> npt.NDArray[np.float32]:
-        """float32 [candidates of the batch, tasks] logits; new states are in their pages when this returns."""
-        self.x[: plan.layout.rows] = self._model.embed(plan.inputs)
-        self.launch(self.stage(plan.layout))
-        scored = torch.from_numpy(plan.layout.candidate_rows).to(self._model.device)
-        rows = self.x.index_select(0, scored).float() + self.final_offset
+    def start(self, plan: BatchPlan) -> Launched:
+        """Launch a batch; nothing here waits for the device. At most one other batch may be under way."""
+        layout = plan.layout
+        uploaded: list[torch.Tensor] = []
+
+        def upload(arrays: Sequence[Array]) -> list[torch.Tensor]:
+            uploaded.extend(self._staging.upload([*arrays, layout.candidate_rows]))
+            return uploaded[:-1]
+
+        self.x[: layout.rows] = self._model.embed(plan.inputs, upload)
+        self.launch(self.stage(layout))
+        rows = self.x.index_select(0, uploaded[-1]).float() + self.final_offset
         logits = self._model.logits(rows.to(self._model.dtype))
-        torch.cuda.synchronize(self._model.device)
-        result: npt.NDArray[np.float32] = logits.cpu().numpy()
-        return result
+        pinned = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+        pinned.copy_(logits, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return Launched(pinned, done)
 
     def stage(self, layout: HostPlan) -> GraphKey:
         """Plan the attention's work and start the metadata's copy; the graph that the batch needs."""
         config, bucket = self._model.config, bucket_rows(layout.rows)
         shape = {"heads": config.heads, "head_dim": config.head_dim, "sms": self._stack.sms}
+        self._metadata.turn()
         work = self._metadata.fill(layout, bucket, **shape)
         if work.max_splits > self._stack.max_splits(bucket):
             work = self._metadata.fill(layout, bucket, **shape, pieces=1)

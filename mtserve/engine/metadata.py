@@ -41,17 +41,17 @@ class Section:
 
 
 class Metadata:
-    """The pinned buffer and its device twin, for batches of up to `rows` rows in `slots` slots of `width` pages.
+    """Pinned buffers and their device twin, for batches of up to `rows` rows in `slots` slots of `width` pages.
 
-    `fill` may overwrite the pinned buffer only when the copy of the batch before has ended: the runner
-    waits for a batch's scores before it plans the next one's metadata.
+    There are two pinned buffers, in turn: the copy out of one has ended when `fill` comes to it again, because
+    the loop answers a batch before it plans the one after the next. The device has one: copies and graphs that
+    read it follow each other on one stream.
     """
 
     def __init__(self, rows: int, slots: int, width: int, device: torch.device) -> None:
         self._slots, self._width = slots, max(1, width)
         words = max(section.last for section in self._sections(bucket_rows(rows)).values())
-        self._pinned = torch.zeros(words, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._host = self._pinned.numpy()
+        self._pinned = [torch.zeros(words, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(words, dtype=torch.int32, device=device)
 
     def _sections(self, rows: int) -> dict[str, Section]:
@@ -70,6 +70,10 @@ class Metadata:
             sections[name] = Section(first, shape)
             first = -(-sections[name].last // 4) * 4
         return sections
+
+    def turn(self) -> None:
+        """Start a new batch: take the other pinned buffer."""
+        self._pinned.reverse()
 
     def fill(self, plan: HostPlan, bucket: int, *, heads: int, head_dim: int, sms: int, pieces: int = 0) -> WorkPlan:
         """Write `plan` into the pinned buffer as a batch of `bucket` rows, its attention work included."""
@@ -90,7 +94,7 @@ class Metadata:
     def upload(self, bucket: int) -> None:
         """Start the one copy to the device, on the current stream."""
         words = self._sections(bucket)["work"].last
-        self._device[:words].copy_(self._pinned[:words], non_blocking=True)
+        self._device[:words].copy_(self._pinned[0][:words], non_blocking=True)
 
     def on_device(self, bucket: int, name: str) -> torch.Tensor:
         """The device's view of one section of a bucket."""
@@ -104,5 +108,5 @@ class Metadata:
         return AttentionWork(**views, count=self.on_device(bucket, "count")[:1], tile_rows=tile_rows)
 
     def _view(self, section: Section) -> npt.NDArray[np.int32]:
-        view: npt.NDArray[np.int32] = self._host[section.first : section.last].reshape(section.shape)
+        view: npt.NDArray[np.int32] = self._pinned[0][section.first : section.last].view(section.shape).numpy()
         return view

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,16 +15,38 @@ from mtserve.kernels.plan import KernelPlan
 from mtserve.model.ranking import RankingModel
 
 
-class BatchRunner(Protocol):
-    """What the loop needs of a runner."""
+class Pending(Protocol):
+    """A batch on its way."""
 
-    def run(self, plan: BatchPlan) -> npt.NDArray[np.float32]:
+    def result(self) -> npt.NDArray[np.float32]:
         """float32 [candidates of the batch, tasks] logits; new states are in their pages when this returns."""
         ...
 
 
+class BatchRunner(Protocol):
+    """What the loop needs of a runner. `overlaps`: whether `start` returns before the batch is done."""
+
+    overlaps: bool
+
+    def start(self, plan: BatchPlan) -> Pending:
+        """Launch a batch; at most one other is under way."""
+        ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """A batch that was done when it was started."""
+
+    logits: npt.NDArray[np.float32]
+
+    def result(self) -> npt.NDArray[np.float32]:
+        return self.logits
+
+
 class Runner:
-    """Executes plans with one model, one set of kernels and one pool of pages (None: keep no states)."""
+    """Executes plans with one model, one set of plain kernels and one pool of pages (None: keep no states)."""
+
+    overlaps = False
 
     def __init__(self, model: RankingModel, kernels: Kernels, pool: torch.Tensor | None) -> None:
         self._model = model
@@ -31,13 +54,12 @@ class Runner:
         self._pool = pool
 
     @torch.inference_mode()
-    def run(self, plan: BatchPlan) -> npt.NDArray[np.float32]:
-        """float32 [candidates of the batch, tasks] logits; new states are in their pages when this returns."""
+    def start(self, plan: BatchPlan) -> Done:
+        """Run a batch to its end."""
         kernel = KernelPlan.of(plan.layout, self._model.device)
         rows = self._model.embed(plan.inputs)
         rows = self._model.encode(rows, self._pool, kernel, self._kernels)
         logits = self._model.logits(rows.index_select(0, kernel.candidate_rows))
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
-        result: npt.NDArray[np.float32] = logits.cpu().numpy()
-        return result
+        return Done(logits.cpu().numpy())

@@ -27,12 +27,16 @@ MAX_LOADS = 2
 
 @dataclass(frozen=True)
 class Reservation:
-    """A batch's pages. int32; row b is slot b: `cached` and `stored` [B], `page_table` [B, W]."""
+    """A batch's pages. int32; row b is slot b: `cached` and `stored` [B], `page_table` [B, W].
+
+    The page table is read while the batch is planned, and belongs to the next one after that.
+    """
 
     ticket: int
     cached: npt.NDArray[np.int32]
     stored: npt.NDArray[np.int32]
     page_table: npt.NDArray[np.int32]
+    pages: int
 
 
 class Tiers:
@@ -54,12 +58,14 @@ class Tiers:
         self._storing: dict[int, tuple[str, int]] = {}
         self._unsaved: dict[str, None] = {}  # users with states that the host may not have yet, oldest first
         self._failed_loads: set[str] = set()
+        self._reserved_pages = 0  # of the batch under way
         self._window: dict[str, None] = {}  # users whose turn is near enough to load them
         self._page_tokens = config.page_tokens
 
     def cached(self, job: Job) -> int | None:
         """Prefix tokens of `job` on the device; None while it should wait for room, or for its states to come."""
-        if job.user_id not in self._window or self.index.is_busy(job.user_id).loading:
+        busy = self.index.is_busy(job.user_id)
+        if job.user_id not in self._window or busy.loading or busy.in_batch:
             return None
         match = self.index.lookup(job.user_id, job.sequence.chain)
         if match.host_tokens > match.gpu_tokens and job.loads < MAX_LOADS:
@@ -69,7 +75,8 @@ class Tiers:
     def onload(self, jobs: Sequence[Job]) -> None:
         """Start bringing what the host holds of these jobs' prefixes and the device does not.
 
-        Only the first users whose prefixes the device can hold together: more would evict one another.
+        Only the first users whose prefixes the device can hold together, beside the batch under way: more would
+        evict one another.
         """
         self._open_window(jobs)
         for job in jobs:
@@ -79,7 +86,10 @@ class Tiers:
                 job.loads, job.loaded_from = MAX_LOADS, -1  # the copy failed: encode instead
             if job.loads >= MAX_LOADS:
                 continue
-            if self.index.is_busy(job.user_id).loading:
+            busy = self.index.is_busy(job.user_id)
+            if busy.in_batch:
+                continue  # what that batch brings is not known yet
+            if busy.loading:
                 self._share_load(job)
                 continue
             match = self.index.lookup(job.user_id, job.sequence.chain)
@@ -89,12 +99,12 @@ class Tiers:
 
     def _open_window(self, jobs: Sequence[Job]) -> None:
         window: dict[str, None] = {}
-        room = len(self.mover.pool)
+        room = len(self.mover.pool) - self._reserved_pages
         for job in jobs:
             if job.user_id in window:
                 continue
             room -= -(-job.prefix // self._page_tokens)
-            if room < 0 and window:
+            if room < 0 and (window or self._reserved_pages):
                 break
             window[job.user_id] = None
             if job.user_id not in self._window:
@@ -147,11 +157,14 @@ class Tiers:
         chains = [slot.sequence.chain[: slot.encode_to] for slot in slots]
         ticket = self.index.begin_batch(users, chains, cached, stored, table)
         self._poison_freed()
-        return Reservation(ticket, cached, stored, table)
+        pages = int((table >= 0).sum())
+        self._reserved_pages += pages
+        return Reservation(ticket, cached.copy(), stored.copy(), table, pages)
 
     def release(self, reservation: Reservation, slots: Sequence[Slot], success: bool) -> None:
         """Make the batch's new states findable, or give its new pages back."""
         self.index.end_batch(reservation.ticket, success)
+        self._reserved_pages -= reservation.pages
         if success:
             for slot in slots:
                 self._unsaved[slot.user_id] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +22,16 @@ class HashedTables(nn.Module):
             {name: nn.Parameter(torch.empty(shape)) for name, shape in schema.tables.items()}
         )
 
-    def forward(self, table: str, ids: npt.NDArray[np.int64]) -> torch.Tensor:
-        """[n, dim] rows for int64 ids [n]."""
-        weight = self.tables[table]
-        rows = torch.from_numpy(hash_ids(ids, table_salt(table), weight.shape[0]))
-        return weight.index_select(0, rows.to(weight.device))
+    def indices(self, table: str, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64 [n] rows of `table` for int64 ids [n]."""
+        return hash_ids(ids, table_salt(table), self.tables[table].shape[0])
+
+    def forward(self, table: str, rows: torch.Tensor) -> torch.Tensor:
+        """[n, dim] values of int64 rows [n]."""
+        return self.tables[table].index_select(0, rows)
 
 
+@lru_cache(4096)
 def table_salt(table: str) -> int:
     """A constant of the table's name, so that equal ids of two tables collide with different others."""
     return int.from_bytes(hashlib.blake2b(table.encode(), digest_size=8).digest(), "little")

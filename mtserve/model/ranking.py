@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,9 +15,28 @@ from mtserve.kernels.plan import KernelPlan
 from mtserve.model.embedding import HashedTables
 from mtserve.model.hstu import HSTULayer
 from mtserve.model.schema import FeatureSchema
-from mtserve.model.tokeniser import GAP_BUCKETS, HOURS_OF_WEEK, TokenInputs, Tokeniser, gap_buckets, hours_of_week
+from mtserve.model.tokeniser import (
+    GAP_BUCKETS,
+    HOURS_OF_WEEK,
+    Array,
+    TokenInputs,
+    Tokeniser,
+    Upload,
+    gap_buckets,
+    hours_of_week,
+)
+from mtserve.types import Rows
 
 GROUP_U, GROUP_S, GROUP_R, GROUP_C = range(4)
+
+
+@dataclass(frozen=True)
+class _Feed:
+    """Tokens of one kind. `arrays`: int64 destinations, int64 rows of each table in `added`, then the features."""
+
+    tokeniser: Tokeniser
+    added: list[torch.Tensor]
+    arrays: list[Array]
 
 
 class RankingModel(nn.Module):
@@ -51,25 +71,54 @@ class RankingModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.position.dtype
 
-    def embed(self, inputs: TokenInputs) -> torch.Tensor:
-        """[rows, d] tokens of a batch, each in its row."""
+    def embed(self, inputs: TokenInputs, upload: Upload | None = None) -> torch.Tensor:
+        """[rows, d] tokens of a batch, each in its row. `upload` brings all arrays to the device at once."""
+        feeds = [*self._user_feeds(inputs), *self._behaviour_feed(inputs), *self._candidate_feed(inputs)]
+        arrays = [array for feed in feeds for array in feed.arrays]
+        tensors = iter((upload or self._upload)(arrays))
         x = torch.empty(inputs.rows, self.config.d, device=self.device, dtype=self.dtype)
+        for feed in feeds:
+            destinations, *rest = (next(tensors) for _ in feed.arrays)
+            tokens = feed.tokeniser(rest[len(feed.added) :], self.tables)
+            for table, rows in zip(feed.added, rest, strict=False):
+                tokens += table.index_select(0, rows)
+            x.index_copy_(0, destinations, tokens)
+        return x
+
+    def _user_feeds(self, inputs: TokenInputs) -> list[_Feed]:
+        feeds = []
         for index, tokeniser in enumerate(self.user_tokens):
             new = inputs.user_destinations[:, index] >= 0
             if new.any():
-                x[self._indices(inputs.user_destinations[new, index])] = tokeniser(inputs.user_rows[new], self.tables)
-        if len(inputs.behaviours):
-            tokens = self.behaviour_token(inputs.behaviours, self.tables)
-            tokens += self.position[self._indices(inputs.positions)]
-            tokens += self.gap[self._indices(gap_buckets(inputs.gap_ms))]
-            tokens += self.hour[self._indices(hours_of_week(inputs.behaviours["time_ms"]))]
-            x[self._indices(inputs.behaviour_destinations)] = tokens
-        if len(inputs.candidates):
-            tokens = self.candidate_token(inputs.candidates, self.tables)
-            tokens += self.recency[self._indices(gap_buckets(inputs.recency_ms))]
-            tokens += self.hour[self._indices(hours_of_week(inputs.candidates["time_ms"]))]
-            x[self._indices(inputs.candidate_destinations)] = tokens
-        return x
+                destinations = inputs.user_destinations[new, index]
+                feeds.append(self._feed(tokeniser, inputs.user_rows[new], destinations))
+        return feeds
+
+    def _behaviour_feed(self, inputs: TokenInputs) -> list[_Feed]:
+        rows = inputs.behaviours
+        if not len(rows):
+            return []
+        added = (
+            (self.position, inputs.positions),
+            (self.gap, gap_buckets(inputs.gap_ms)),
+            (self.hour, hours_of_week(rows["time_ms"])),
+        )
+        return [self._feed(self.behaviour_token, rows, inputs.behaviour_destinations, *added)]
+
+    def _candidate_feed(self, inputs: TokenInputs) -> list[_Feed]:
+        rows = inputs.candidates
+        if not len(rows):
+            return []
+        added = ((self.recency, gap_buckets(inputs.recency_ms)), (self.hour, hours_of_week(rows["time_ms"])))
+        return [self._feed(self.candidate_token, rows, inputs.candidate_destinations, *added)]
+
+    def _feed(self, tokeniser: nn.Module, rows: Rows, destinations: Array, *added: tuple[torch.Tensor, Array]) -> _Feed:
+        assert isinstance(tokeniser, Tokeniser)
+        arrays = [destinations, *(indices for _, indices in added), *tokeniser.feed(rows, self.tables)]
+        return _Feed(tokeniser, [table for table, _ in added], arrays)
+
+    def _upload(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
+        return [torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays]
 
     def encode(self, x: torch.Tensor, pool: torch.Tensor | None, plan: KernelPlan, kernels: Kernels) -> torch.Tensor:
         """[T, d] rows after all layers; `pool` [pages, layers, 2, page_tokens, H, D], None to use and keep no states."""
@@ -80,6 +129,3 @@ class RankingModel(nn.Module):
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """[candidates, tasks] float32 logits of candidate rows [candidates, d]."""
         return torch.cat([self.heads[task](rows) for task in self.config.tasks], dim=-1).float()
-
-    def _indices(self, values: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device)

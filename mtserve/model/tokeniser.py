@@ -7,7 +7,9 @@ week) or relative to the behaviour before. What is relative to "now" belongs to 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,10 @@ from torch.nn.functional import silu
 from mtserve.model.embedding import HashedTables
 from mtserve.model.schema import Feature
 from mtserve.types import Rows
+
+Array: TypeAlias = npt.NDArray[Any]
+Upload: TypeAlias = Callable[[Sequence[Array]], list[torch.Tensor]]
+"""Brings arrays to the model's device, in their order."""
 
 GAP_BUCKETS = 64
 HOURS_OF_WEEK = 168
@@ -67,14 +73,20 @@ class Tokeniser(nn.Module):
         self.input = nn.Linear(sum(feature.encoded_width for feature in features), d)
         self.output = nn.Linear(d, d)
 
-    def forward(self, rows: Rows, tables: HashedTables) -> torch.Tensor:
-        parts = [self._encode(feature, rows[feature.name], tables) for feature in self.features]
+    def feed(self, rows: Rows, tables: HashedTables) -> list[Array]:
+        """One array a feature, in their order: int64 [n] rows of its table, or float32 [n, width] values."""
+        return [
+            tables.indices(feature.table, rows[feature.name])
+            if feature.kind == "categorical"
+            else np.ascontiguousarray(rows[feature.name])
+            for feature in self.features
+        ]
+
+    def forward(self, columns: Sequence[torch.Tensor], tables: HashedTables) -> torch.Tensor:
+        """[n, d] tokens of what `feed` gave, on the device."""
+        parts = [
+            tables(feature.table, column) if feature.kind == "categorical" else column.to(self.input.weight.dtype)
+            for feature, column in zip(self.features, columns, strict=True)
+        ]
         tokens: torch.Tensor = self.output(silu(self.input(torch.cat(parts, dim=-1))))
         return tokens
-
-    def _encode(self, feature: Feature, column: np.ndarray, tables: HashedTables) -> torch.Tensor:  # type: ignore[type-arg]
-        weight = self.input.weight
-        if feature.kind == "categorical":
-            encoded: torch.Tensor = tables(feature.table, column)
-            return encoded
-        return torch.from_numpy(np.ascontiguousarray(column)).to(weight.device, weight.dtype)

@@ -251,3 +251,33 @@ def test_closing_a_running_engine_answers_everything(world: Make) -> None:
     for future in futures:
         assert future.done()
         assert future.exception() is None or isinstance(future.exception(), Unavailable)
+
+
+def test_a_batch_is_planned_while_the_one_before_it_runs(world: Make) -> None:
+    w = world(max_batch_requests=1)
+    w.overlap()
+    for user in "ab":
+        w.put(user, 5)
+    first, second, again = w.submit("a"), w.submit("b"), w.submit("a")
+    w.step()
+    assert not first.future.done()
+    w.step()
+    assert first.future.done() and not second.future.done()
+    w.run()
+    assert [each.verify().position for each in (first, second, again)] == [5, 5, 5]
+    assert again.future.result().gpu_tokens == again.future.result().prefix_tokens
+
+
+def test_the_user_of_a_batch_under_way_waits_for_it(world: Make) -> None:
+    w = world()
+    w.overlap()
+    w.put("a", 5)
+    first = w.submit("a")
+    w.step()
+    w.append("a", 2)
+    second = w.submit("a")
+    w.step()
+    assert first.future.done() and not second.future.done()
+    w.run()
+    assert first.verify().encoded_tokens == 7
+    assert second.verify().encoded_tokens == 2

@@ -42,10 +42,13 @@ class EngineMachine(RuleBasedStateMachine):
         host_pages=st.sampled_from([0, 2, 9, 30]),
         page_tokens=st.sampled_from([1, 3, 4]),
         late=st.booleans(),
+        overlap=st.booleans(),
         batch=st.sampled_from([7, 20, 1000]),
         seed=st.integers(0, 999),
     )
-    def start(self, gpu_pages: int, host_pages: int, page_tokens: int, late: bool, batch: int, seed: int) -> None:
+    def start(
+        self, gpu_pages: int, host_pages: int, page_tokens: int, late: bool, overlap: bool, batch: int, seed: int
+    ) -> None:
         self.world = World(
             self.models[0],
             gpu_pages=gpu_pages,
@@ -57,6 +60,8 @@ class EngineMachine(RuleBasedStateMachine):
             cold_after=5,
             max_batch_requests=5,
         )
+        if overlap:
+            self.world.overlap()
         for count, user in enumerate("abcd"):
             self.world.put(user, 6 * count + 3)
         self.mover: DelayedMover = self.world.delay_copies(late, self._fault)
@@ -164,6 +169,8 @@ class EngineMachine(RuleBasedStateMachine):
         if user is not None or not replace:
             self.world.engine.invalidate(user)
         else:
+            self.world.engine._core.land()  # what is under way is answered by the old weights
+            self._answered()
             self.world.replace(self.models[1] if self.world.truth is self.models[0] else self.models[0])
 
     @invariant()
