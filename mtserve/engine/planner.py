@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,10 @@ from mtserve.engine.job import Job
 from mtserve.engine.scheduler import Slot
 from mtserve.engine.tiers import Reservation
 from mtserve.kernels.plan import HostPlan
-from mtserve.model.mask import visible_limits
-from mtserve.model.ranking import GROUP_C, GROUP_R, GROUP_S, GROUP_U, RankingModel
+from mtserve.model.ranking import GROUP_C, RankingModel
 from mtserve.model.tokeniser import TokenInputs
+
+Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -31,144 +33,163 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The rows of one slot: `delta` tokens from `cached` on, then its jobs' candidates; `stored` tokens get a page."""
+class _Lengths:
+    """Slot by slot, int64 [B]: cached + delta = encoded prefix; delta + candidates = rows, from `first` on.
 
-    slot: Slot
-    first: int
-    cached: int
-    stored: int
-    pages: npt.NDArray[np.int32]
-    jobs: tuple[Job, ...]
+    `stored`: prefix tokens that have a page; `frozen`: tokens of U and S.
+    """
 
-    @property
-    def delta(self) -> int:
-        return self.slot.encode_to - self.cached
+    cached: Int64s
+    delta: Int64s
+    candidates: Int64s
+    stored: Int64s
+    frozen: Int64s
 
     @property
-    def candidates(self) -> int:
-        return sum(len(job.candidates) for job in self.jobs)
+    def rows(self) -> Int64s:
+        return self.delta + self.candidates
 
     @property
-    def end(self) -> int:
-        return self.first + self.delta + self.candidates
+    def first(self) -> Int64s:
+        return np.cumsum(self.rows) - self.rows
 
 
 class Planner:
-    """Plans batches for one model. No decisions: slots say what to encode, the reservation where it goes."""
+    """Plans batches for one model. No decisions: slots say what to encode, the reservation where it goes.
+
+    Everything ragged is one array over the whole batch: a batch of many small slots costs little more than one.
+    """
 
     def __init__(self, model: RankingModel, page_tokens: int) -> None:
         self._model = model
         self._page_tokens = page_tokens
+        self._users = len(model.schema.user)
         self._plain_norm = model.config.norm == "plain"
+        self._full = model.config.static_attention == "full"
 
     def plan(self, slots: Sequence[Slot], reservation: Reservation | None) -> BatchPlan:
         """Lay the batch out; without a reservation (cache off) every prefix is encoded whole and not kept."""
-        rows = self._lay_out(slots, reservation)
-        scored, offset = [], 0
-        for part in rows:
-            for job in part.jobs:
-                scored.append((job, offset, offset + len(job.candidates)))
-                offset += len(job.candidates)
-        return BatchPlan(self._inputs(rows), self._host_plan(rows), tuple(scored))
+        jobs = [() if self._is_part(slot, index, reservation) else tuple(slot.jobs) for index, slot in enumerate(slots)]
+        lengths = self._lengths(slots, jobs, reservation)
+        tokens = _ragged(lengths.cached, lengths.delta)  # prefix tokens to encode, slot after slot
+        owner = np.repeat(np.arange(len(slots)), lengths.delta)
+        token_rows = _ragged(lengths.first, lengths.delta)
+        candidate_rows = _ragged(lengths.first + lengths.delta, lengths.candidates)
+        every = [job for slot_jobs in jobs for job in slot_jobs]
+        layout = self._layout(lengths, tokens, owner, token_rows, candidate_rows, every, reservation)
+        inputs = self._inputs(slots, lengths, tokens, token_rows, candidate_rows, every)
+        return BatchPlan(inputs, layout, _slices(every))
 
-    def _lay_out(self, slots: Sequence[Slot], reservation: Reservation | None) -> list[_Rows]:
-        rows: list[_Rows] = []
-        first = 0
-        for index, slot in enumerate(slots):
-            cached, stored = 0, 0
-            pages: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
-            if reservation is not None:
-                cached, stored = int(reservation.cached[index]), int(reservation.stored[index])
-                pages = reservation.page_table[index, : -(-stored // self._page_tokens)]
-                if slot.partial and stored < slot.encode_to:
-                    slot.encode_to = slot.sequence.groups.prefix  # no room to keep the part: encode it all at once
-            assert cached <= stored or reservation is None
-            jobs = () if slot.partial else tuple(slot.jobs)
-            rows.append(_Rows(slot, first, cached, stored, pages, jobs))
-            first = rows[-1].end
-        return rows
+    def _is_part(self, slot: Slot, index: int, reservation: Reservation | None) -> bool:
+        """Whether the slot encodes a part of its prefix. One that has no room to be kept is encoded all at once."""
+        if slot.partial and reservation is not None and reservation.stored[index] < slot.encode_to:
+            slot.encode_to = slot.sequence.groups.prefix
+        return slot.partial
 
-    def _inputs(self, rows: list[_Rows]) -> TokenInputs:
-        schema = self._model.schema
-        parts = [_slot_inputs(row) for row in rows]
-        jobs = [job for row in rows for job in row.jobs]
-        candidate_rows = [np.arange(row.first + row.delta, row.end) for row in rows]
-        return TokenInputs(
-            rows=rows[-1].end if rows else 0,
-            user_rows=np.concatenate([row.slot.sequence.features for row in rows]),
-            user_destinations=np.stack([part.user_destinations for part in parts]),
-            behaviours=_join([part.behaviours for part in parts], schema.behaviour_dtype),
-            positions=np.concatenate([part.positions for part in parts]),
-            gap_ms=np.concatenate([part.gap_ms for part in parts]),
-            behaviour_destinations=np.concatenate([part.destinations for part in parts]),
-            candidates=_join([job.candidates for job in jobs], schema.candidate_dtype),
-            recency_ms=_join([job.recency_ms for job in jobs], np.dtype(np.int64)),
-            candidate_destinations=np.concatenate(candidate_rows),
+    def _lengths(
+        self, slots: Sequence[Slot], jobs: Sequence[tuple[Job, ...]], reservation: Reservation | None
+    ) -> _Lengths:
+        nothing = np.zeros(len(slots), dtype=np.int64)
+        cached = nothing if reservation is None else reservation.cached.astype(np.int64)
+        stored = nothing if reservation is None else reservation.stored.astype(np.int64)
+        encode_to = np.array([slot.encode_to for slot in slots], dtype=np.int64)
+        assert (cached <= encode_to).all()
+        return _Lengths(
+            cached=cached,
+            delta=encode_to - cached,
+            candidates=np.array([sum(len(job.candidates) for job in each) for each in jobs], dtype=np.int64),
+            stored=stored,
+            frozen=np.array([slot.sequence.groups.frozen for slot in slots], dtype=np.int64),
         )
 
-    def _host_plan(self, rows: list[_Rows]) -> HostPlan:
-        static_attention = self._model.config.static_attention
-        limits, groups, targets, slots = [], [], [], []
-        for row in rows:
-            sizes = row.slot.sequence.groups
-            limits.append(visible_limits(sizes, static_attention, row.cached, row.slot.encode_to))
-            limits.extend(job.limits for job in row.jobs)
-            labels = np.repeat([GROUP_U, GROUP_S, GROUP_R], [sizes.user, sizes.static, sizes.realtime])
-            groups.append(labels[row.cached : row.slot.encode_to])
-            groups.append(np.full(row.candidates, GROUP_C))
-            targets.append(_targets(row, self._page_tokens))
-            slots.append((row.cached, row.delta, row.first, row.end - row.first))
-        group = np.concatenate(groups).astype(np.int32)
-        width = max((len(row.pages) for row in rows), default=0)
-        table = np.full((len(rows), width), -1, dtype=np.int32)
-        for index, row in enumerate(rows):
-            table[index, : len(row.pages)] = row.pages
+    def _layout(
+        self, lengths: _Lengths, tokens: Int64s, owner: Int64s, token_rows: Int64s, candidate_rows: Int64s,
+        jobs: Sequence[Job], reservation: Reservation | None,
+    ) -> HostPlan:  # fmt: skip
+        total = len(tokens) + len(candidate_rows)
+        limit, group = np.empty(total, dtype=np.int32), np.full(total, GROUP_C, dtype=np.int32)
+        target = np.full(total, -1, dtype=np.int32)
+        frozen = lengths.frozen[owner]
+        # visible_limits and the groups of model/mask.py, for all slots at once; GROUP_U, _S, _R are 0, 1, 2.
+        limit[token_rows] = np.where(tokens < frozen, frozen, tokens + 1) if self._full else tokens + 1
+        group[token_rows] = (tokens >= self._users).astype(np.int32) + (tokens >= frozen)
+        limit[candidate_rows] = _join([job.limits for job in jobs], np.dtype(np.int32))
+        table = np.empty((len(lengths.cached), 0), dtype=np.int32)
+        if reservation is not None:
+            widest = int(lengths.stored.max(initial=0))
+            table = reservation.page_table[:, : -(-widest // self._page_tokens)].copy()
+            kept = np.flatnonzero(tokens < lengths.stored[owner])
+            page, offset = np.divmod(tokens[kept], self._page_tokens)
+            target[token_rows[kept]] = table[owner[kept], page] * self._page_tokens + offset
+        slots = np.stack((lengths.cached, lengths.delta, lengths.first, lengths.rows), axis=1)
         return HostPlan(
             page_tokens=self._page_tokens,
-            slots=np.array(slots, dtype=np.int32).reshape(-1, 4),
+            slots=slots.astype(np.int32),
             page_table=table,
-            limit=np.concatenate(limits).astype(np.int32),
+            limit=limit,
             group=np.zeros_like(group) if self._plain_norm else group,
-            target=np.concatenate(targets),
-            candidate_rows=np.concatenate([np.arange(row.first + row.delta, row.end) for row in rows]),
+            target=target,
+            candidate_rows=candidate_rows,
+        )
+
+    def _inputs(
+        self, slots: Sequence[Slot], lengths: _Lengths, tokens: Int64s, token_rows: Int64s, candidate_rows: Int64s,
+        jobs: Sequence[Job],
+    ) -> TokenInputs:  # fmt: skip
+        schema, users = self._model.schema, self._users
+        begin = np.maximum(lengths.cached - users, 0)
+        end = np.maximum(lengths.cached + lengths.delta - users, 0)
+        spans = [slot.sequence.kept[a:b] for slot, a, b in zip(slots, begin.tolist(), end.tolist(), strict=True)]
+        behaviours = _join(spans, schema.behaviour_dtype)
+        is_behaviour = tokens >= users
+        user_tokens = np.arange(users)
+        cached, encoded = lengths.cached[:, None], (lengths.cached + lengths.delta)[:, None]
+        new = (user_tokens >= cached) & (user_tokens < encoded)
+        return TokenInputs(
+            rows=len(tokens) + len(candidate_rows),
+            user_rows=_join([slot.sequence.features for slot in slots], schema.user_dtype),
+            user_destinations=np.where(new, lengths.first[:, None] + user_tokens - cached, -1),
+            behaviours=behaviours,
+            positions=tokens[is_behaviour] - users,
+            gap_ms=_gaps(behaviours["time_ms"], slots, begin, end),
+            behaviour_destinations=token_rows[is_behaviour],
+            candidates=_join([job.candidates for job in jobs], schema.candidate_dtype),
+            recency_ms=_join([job.recency_ms for job in jobs], np.dtype(np.int64)),
+            candidate_destinations=candidate_rows,
         )
 
 
-@dataclass(frozen=True)
-class _SlotInputs:
-    user_destinations: npt.NDArray[np.int64]
-    behaviours: np.ndarray  # type: ignore[type-arg]
-    positions: npt.NDArray[np.int64]
-    gap_ms: npt.NDArray[np.int64]
-    destinations: npt.NDArray[np.int64]
+def _ragged(first: Int64s, counts: Int64s) -> Int64s:
+    """first[b], first[b] + 1, ... (counts[b] of them) for each b, one after the other."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(first - (ends - counts), counts)
 
 
-def _slot_inputs(row: _Rows) -> _SlotInputs:
-    """Token inputs of the prefix tokens [cached, encode_to) of one slot."""
-    sequence = row.slot.sequence
-    users = sequence.groups.user
-    tokens = np.arange(users)
-    user_destinations = np.where(
-        (tokens >= row.cached) & (tokens < row.slot.encode_to), row.first + tokens - row.cached, -1
-    )
-    begin, end = max(0, row.cached - users), max(0, row.slot.encode_to - users)
-    times = sequence.kept["time_ms"]
-    gaps = np.zeros(end - begin, dtype=np.int64)
-    later = max(begin, 1)  # the generation's first behaviour follows nothing
-    if end > later:
-        gaps[later - begin :] = times[later:end] - times[later - 1 : end - 1]
-    destinations = row.first + users + np.arange(begin, end) - row.cached
-    return _SlotInputs(user_destinations, sequence.kept[begin:end], np.arange(begin, end), gaps, destinations)
+def _gaps(times: Int64s, slots: Sequence[Slot], begin: Int64s, end: Int64s) -> Int64s:
+    """ms from each behaviour to the one before; 0 for a generation's first, which follows nothing."""
+    gaps = np.diff(times, prepend=times[:1])
+    counts = end - begin
+    starts = np.cumsum(counts) - counts
+    for index in np.flatnonzero(counts).tolist():
+        at, start = int(begin[index]), int(starts[index])
+        gaps[start] = times[start] - slots[index].sequence.kept["time_ms"][at - 1] if at else 0
+    return gaps
 
 
-def _targets(row: _Rows, page_tokens: int) -> npt.NDArray[np.int32]:
-    """int32 [rows of the slot]: where each row's states are kept, -1 for nowhere."""
-    targets = np.full(row.end - row.first, -1, dtype=np.int32)
-    tokens = np.arange(row.cached, min(row.stored, row.slot.encode_to))
-    targets[: len(tokens)] = row.pages[tokens // page_tokens] * page_tokens + tokens % page_tokens
-    return targets
+def _slices(jobs: Sequence[Job]) -> tuple[tuple[Job, int, int], ...]:
+    scored, offset = [], 0
+    for job in jobs:
+        scored.append((job, offset, offset + len(job.candidates)))
+        offset += len(job.candidates)
+    return tuple(scored)
 
 
-def _join(parts: list[np.ndarray], dtype: np.dtype) -> np.ndarray:  # type: ignore[type-arg]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+def _join(parts: Sequence[npt.NDArray[Any]], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Rows of `dtype` one after the other. Joined as plain bytes: numpy takes long to agree on structured types."""
+    if not parts:
+        return np.empty(0, dtype=dtype)
+    if dtype.names is None or not dtype.itemsize:
+        return np.concatenate(parts)
+    plain = np.dtype((np.void, dtype.itemsize))
+    return np.concatenate([part.view(plain) for part in parts]).view(dtype)
