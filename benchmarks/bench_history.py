@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from mtserve.errors import CorruptState
 from mtserve.history import Append
 from mtserve.history.embedded import SEGMENT_ROWS, EmbeddedHistory

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from mtserve import provenance
 from mtserve.cache.index import TieredIndex
 from mtserve.cache.keys import extend_chain

@@ -4,7 +4,7 @@
     python benchmarks/gpu_check.py --out DIR --users 200 --requests 2000
 
 Fails when a test fails, when not a single GPU test ran, when a benchmark's correctness check fails, or when
-a replay's scores break the exactness contract. Writes gpu_check.json, attention.json and forward.json. The EB-NeRD replay needs its trace and says so where it is missing.
+a replay's scores break the exactness contract. Writes gpu_check.json, attention.json, forward.json and loop.json. The EB-NeRD replay needs its trace and says so where it is missing.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> int:
         sys.exit("no CUDA device here; this check is for a machine that has one")
     options.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"stamp": stamp(seed=options.seed, device="cuda:0"), "tests": run_tests(), "replays": {}}
-    for name in ("attention", "forward"):
+    for name in ("attention", "forward", "loop"):
         run_benchmark(name, options.out)
     common = ["--device", "cuda", "--model", "hstu-512", "--seed", str(options.seed)]
     trace = ebnerd_trace()
