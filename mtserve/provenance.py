@@ -17,7 +17,7 @@ def commit() -> str:
 
     MTSERVE_COMMIT names it where the tree came without its repository; else it is the package version.
     """
-    if "MTSERVE_COMMIT" in os.environ:
+    if os.environ.get("MTSERVE_COMMIT"):
         return os.environ["MTSERVE_COMMIT"]
     root = Path(__file__).resolve().parent.parent
     try:

@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from small_models import CAUSAL, START_MS, make_behaviours, make_candidates, make_features, small_model
 
 from mtserve.config import EngineConfig
 from mtserve.engine.engine import Engine
-from mtserve.engine.metadata import bucket_rows
 from mtserve.model.ranking import RankingModel
 from mtserve.model.reference import recompute
 from mtserve.types import Request
@@ -104,11 +102,3 @@ def test_auto_takes_the_cuda_kernels_where_they_can_run() -> None:
             model, EngineConfig(device="cuda", gpu_cache="64MiB", host_cache="0", **config), start=False
         ) as engine:
             assert engine.stats()["kernels"] == kernels
-
-
-def test_buckets_hold_their_rows_with_little_to_spare() -> None:
-    for rows in range(1, 40_000, 7):
-        bucket = bucket_rows(rows)
-        assert bucket >= rows
-        assert bucket - rows < 64 or bucket <= rows * 1.125
-    assert torch.cuda.is_available()
