@@ -50,11 +50,17 @@ class Metadata:
 
     def __init__(self, rows: int, slots: int, width: int, device: torch.device) -> None:
         self._slots, self._width = slots, max(1, width)
+        self._known: dict[int, dict[str, Section]] = {}  # sections of the buckets seen, of which there are few
         words = max(section.last for section in self._sections(bucket_rows(rows)).values())
         self._pinned = [torch.zeros(words, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(words, dtype=torch.int32, device=device)
 
     def _sections(self, rows: int) -> dict[str, Section]:
+        if rows not in self._known:
+            self._known[rows] = self._lay_out(rows)
+        return self._known[rows]
+
+    def _lay_out(self, rows: int) -> dict[str, Section]:
         shapes = {
             "count": (4,),
             "slots": (self._slots, 4),
