@@ -121,7 +121,7 @@ def measure(model: Any, users: int, batch: int, history: int, batches: int, seed
         for index in range(WARM_UP + batches):
             for _ in range(batch):
                 traffic.submit(engine)
-            engine._run_inbox()
+            engine._loop.run_inbox()
             began = time.perf_counter()
             core.step()
             steps.append(time.perf_counter() - began)

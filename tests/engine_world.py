@@ -229,7 +229,7 @@ class World:
     def run(self, limit: int = 500) -> None:
         """Step until nothing is left to do; copies that a mover holds back do not count."""
         for _ in range(limit):
-            if not self.step() and not self.engine._inbox:
+            if not self.step() and not self.engine._loop._inbox:
                 return
         raise AssertionError(f"the engine was still busy after {limit} steps")
 

@@ -1,21 +1,19 @@
-"""The engine: histories in, scores out, from any thread. The loop itself is `Core.step`."""
+"""The engine: histories in, scores out, from any thread. What the loop does is `Core.step`."""
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 
 from mtserve.config import EngineConfig
 from mtserve.engine.core import Core
 from mtserve.engine.job import Job, make_job
+from mtserve.engine.loop import Loop
 from mtserve.engine.sequence import UserSequence
 from mtserve.engine.sequences import SequenceCache
 from mtserve.engine.setup import available_memory
@@ -29,12 +27,6 @@ from mtserve.model.schema import FeatureSchema
 from mtserve.transfer.mover import Fault
 from mtserve.types import Clock, History, Request, Rows, ScoreResult
 from mtserve.units import parse_capacity
-
-log = logging.getLogger(__name__)
-T = TypeVar("T")
-
-# How long the loop sleeps while only copies are under way, and while nothing is.
-POLL_S, IDLE_S = 0.0002, 0.5
 
 
 class Engine:
@@ -66,12 +58,7 @@ class Engine:
         snapshot_bytes = parse_capacity(self.config.snapshot_cache, of=available_memory(), field="snapshot_cache")
         self._core = Core(model, self.config, self.metrics, clock, fault)
         self._sequences = SequenceCache(self.history, self._core.builder, snapshot_bytes)
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
-        self._state = "serving"
-        self._thread = threading.Thread(target=self._loop, name="mtserve-engine", daemon=True) if start else None
-        if self._thread is not None:
-            self._thread.start()
+        self._loop = Loop(self._core, start=start)
 
     @property
     def model(self) -> RankingModel:
@@ -89,7 +76,7 @@ class Engine:
 
         A change of either starts a new generation. None leaves what is known.
         """
-        self._admitting()
+        self._loop.admitting()
         with self._changing(user_id):
             position = self.history.put_user(user_id, features, history)
             self._sequences.forget(user_id)
@@ -101,7 +88,7 @@ class Engine:
 
         `position`: where the first one is believed to go; FailedPrecondition tells the true one.
         """
-        self._admitting()
+        self._loop.admitting()
         with self._changing(user_id):
             end = self.history.append(user_id, behaviours, position)
             pair = self._sequences.appended(user_id, behaviours, end)
@@ -113,7 +100,7 @@ class Engine:
 
     def truncate(self, user_id: str, position: int) -> int:
         """Correct a history: forget the behaviours from `position` on, and return it."""
-        self._admitting()
+        self._loop.admitting()
         with self._changing(user_id):
             position = self.history.truncate(user_id, position)
             self._sequences.forget(user_id)
@@ -124,7 +111,7 @@ class Engine:
         with self._changing(user_id):
             known = self.history.delete(user_id)
             self._sequences.forget(user_id)
-        self._call(lambda: self._core.forget(user_id))
+        self._loop.call(lambda: self._core.forget(user_id))
         return known
 
     def _changing(self, user_id: str) -> threading.Lock:
@@ -149,7 +136,7 @@ class Engine:
         """Rank `candidates` (rows of `schema.candidate`) and wait for the result; see `submit` for the errors."""
         deadline = None if deadline_s is None else self._clock() + deadline_s
         future = self.submit(Request(user_id, candidates, deadline, history))
-        while self._thread is None and not future.done():
+        while self._loop.by_hand and not future.done():
             self.step()
         return future.result()
 
@@ -162,7 +149,7 @@ class Engine:
         DeadlineExceeded (already past) and Unavailable (draining) at once; the future holds later errors.
         """
         try:
-            self._admitting()
+            self._loop.admitting()
             self._check_room()
             job = self._make_job(request)
         except MtserveError as error:
@@ -171,12 +158,16 @@ class Engine:
         self.metrics.count("requests_total")
         self.metrics.count("requests_in_flight")
         job.future.add_done_callback(lambda _: self.metrics.count("requests_in_flight", -1))
-        self._post(lambda: self._admit(job))
+        try:
+            self._loop.post(lambda: self._admit(job))
+        except Unavailable:  # closed meanwhile: the future, which nobody has, ends the count of what is in flight
+            job.future.cancel()
+            raise
         return job.future
 
     def prefetch(self, user_id: str) -> Future[ScoreResult]:
         """Bring a user's states onto the device before the request comes; the future has no scores."""
-        self._admitting()
+        self._loop.admitting()
         check_user_id(user_id)
         self.metrics.count("prefetches_total")
         return self._encode(self._sequences.get(user_id))
@@ -185,7 +176,7 @@ class Engine:
         """Forget the cached states of a user, or of all; histories stay. Returns users forgotten."""
         if user_id is not None:
             check_user_id(user_id)
-        return self._call(lambda: self._core.invalidate(user_id))
+        return self._loop.call(lambda: self._core.invalidate(user_id))
 
     def replace_model(self, model: RankingModel) -> None:
         """Serve new weights of the same shape; states of the old ones are never used again."""
@@ -194,54 +185,31 @@ class Engine:
             self._core.replace_model(model)
             self._sequences.rebuild(self._core.builder)
 
-        self._call(replace)
+        self._loop.call(replace)
 
     # Operation
 
     def stats(self) -> dict[str, Any]:
         """JSON-able facts and every metric, as of now."""
-        facts = self._call(self._core.stats)
-        return {"state": self._state, **facts, "metrics": self.metrics.snapshot()}
+        facts = self._loop.call(self._core.stats)
+        return {"state": self._loop.state, **facts, "metrics": self.metrics.snapshot()}
 
     def check(self) -> None:
         """Walk every structure; raises CorruptState (or fails an assertion) on the first inconsistency."""
-        self._call(self._core.check)
+        self._loop.call(self._core.check)
         self._sequences.check()
 
     def step(self) -> bool:
         """Drive the loop by hand (`start=False`); False when there was nothing to do."""
-        assert self._thread is None, "the engine's own thread drives it"
-        self._run_inbox()
-        return self._core.step()
+        return self._loop.step()
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new work, finish what is queued and under way; False when time ran out first."""
-        if self._state == "serving":
-            self._state = "draining"
-        end = time.monotonic() + timeout_s
-        while self._state == "draining":
-            if self._idle(end - time.monotonic()):
-                return True
-            if time.monotonic() > end:
-                return False
-            if self._thread is None:
-                self.step()
-            else:
-                time.sleep(0.001)
-        return not self._core.busy()
+        return self._loop.drain(timeout_s)
 
     def close(self) -> None:
         """Stop the loop; what still waits fails with Unavailable. Closing twice is fine."""
-        with self._wake:
-            if self._state == "closed":
-                return
-            self._state = "closed"
-            self._wake.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-        self._run_inbox()
-        self._core.close(Unavailable("the engine was closed"))
-        if self._owns_history:
+        if self._loop.close() and self._owns_history:
             self.history.close()
 
     def __enter__(self) -> Self:
@@ -252,12 +220,8 @@ class Engine:
 
     # From callers' threads to the loop's
 
-    def _admitting(self) -> None:
-        if self._state != "serving":
-            raise Unavailable(f"the engine is {self._state}")
-
     def _check_room(self) -> None:
-        waiting = len(self._inbox) + len(self._core.scheduler)
+        waiting = self._loop.waiting
         if waiting >= self.config.max_queue:
             raise ResourceExhausted(
                 f"{waiting} requests are waiting, max_queue is {self.config.max_queue}", field="queue"
@@ -313,7 +277,7 @@ class Engine:
         nothing = np.empty(0, dtype=self.schema.candidate_dtype)
         job = make_job(sequence, nothing, Future(), self._clock(), None)
         job.replaces = replaces
-        self._post(lambda: self._admit(job))
+        self._loop.post(lambda: self._admit(job))
         return job.future
 
     def _admit(self, job: Job) -> None:
@@ -322,60 +286,3 @@ class Engine:
         except ResourceExhausted as error:
             self._count_refusal(error)
             job.fail(error)
-
-    def _post(self, command: Callable[[], None]) -> None:
-        """Have the loop run `command`; when the engine is closed nobody will."""
-        with self._wake:
-            if self._state in ("closed", "broken"):
-                raise Unavailable(f"the engine is {self._state}")
-            self._inbox.append(command)
-            self._wake.notify()
-
-    def _call(self, command: Callable[[], T]) -> T:
-        """The result of `command`, run by the loop."""
-        if self._thread is None or self._state in ("closed", "broken"):
-            self._run_inbox()
-            return command()
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(command())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._post(run)
-        return future.result()
-
-    def _idle(self, timeout_s: float) -> bool:
-        """Whether the loop, asked between two batches, has nothing left to do; False when it gives no answer in time."""
-        answer: Future[bool] = Future()
-        self._post(lambda: answer.set_result(not self._core.busy()))
-        if self._thread is None:
-            self._run_inbox()
-        try:
-            return answer.result(max(0.0, timeout_s))
-        except TimeoutError:
-            return False
-
-    def _run_inbox(self) -> None:
-        while self._inbox:
-            self._inbox.popleft()()
-
-    def _loop(self) -> None:
-        try:
-            while self._state != "closed":
-                self._run_inbox()
-                if not self._core.step():
-                    self._sleep()
-        except Exception as error:
-            log.exception("the engine's loop stopped")
-            with self._wake:
-                self._state = "broken"  # nothing is posted from here on, and what was, is answered now
-            self._run_inbox()
-            self._core.close(Unavailable(f"the engine's loop stopped: {error!r}"))
-
-    def _sleep(self) -> None:
-        with self._wake:
-            if not self._inbox and self._state != "closed":
-                self._wake.wait(POLL_S if self._core.busy() else IDLE_S)

@@ -21,8 +21,14 @@ class Ticket:
         self.result: Any = None
         self.error: BaseException | None = None
         self.settled = False
+        self.called = False  # settled, or due to lead
         self.wake = threading.Lock()  # half the cost of an Event
         self.wake.acquire()
+
+    def call(self) -> None:
+        """Wake the ticket's thread. `called` goes first, see `_wait`."""
+        self.called = True
+        self.wake.release()
 
 
 class GroupCommit:
@@ -72,14 +78,14 @@ class GroupCommit:
         finally:
             for ticket in group:
                 ticket.settled = True
-                ticket.wake.release()
+                ticket.call()
             self._hand_over()
 
     def _hand_over(self) -> None:
         """Wake the oldest waiting ticket's thread to lead next."""
         with self._lock:
             if self._waiting:
-                self._waiting[0].wake.release()
+                self._waiting[0].call()
             else:
                 self._leading = False
                 self._idle.notify_all()
@@ -91,9 +97,10 @@ def _wait(ticket: Ticket) -> BaseException | None:
     A ticket whose thread went away could never lead, and all behind it would hang.
     """
     interrupt = None
-    while True:
+    while not ticket.called:  # an interrupt may also come when the lock was taken already: nobody would call again
         try:
             ticket.wake.acquire()
-            return interrupt
         except BaseException as error:
             interrupt = error
+    ticket.wake.acquire(blocking=False)  # or when it was about to be
+    return interrupt

@@ -185,7 +185,7 @@ def _finish(w: World, limit: int = 2000) -> None:
     for _ in range(limit):
         w.engine.step()
         w.engine.check()
-        if not w.engine._core.busy() and not w.engine._inbox:
+        if not w.engine._core.busy() and not w.engine._loop._inbox:
             return
         w.tiers.mover.wait()
     raise AssertionError(f"the engine was still busy after {limit} steps")

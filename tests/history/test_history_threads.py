@@ -17,7 +17,7 @@ from history_rows import SCHEMA, embedded, features, outcome, rows
 from mtserve.errors import FailedPrecondition, InvalidArgument, Unavailable
 from mtserve.history import Append, HistoryStore
 from mtserve.history.embedded import EmbeddedHistory
-from mtserve.history.group import MAX_GROUP, GroupCommit, Ticket
+from mtserve.history.group import MAX_GROUP, GroupCommit, Ticket, _wait
 from mtserve.history.sqlite import SqliteStorage
 from mtserve.history.transaction import Transaction
 
@@ -306,6 +306,26 @@ def test_interrupted_follower_still_leads_when_its_turn_comes() -> None:
         leader.result(), helper.result()
     assert done == ["leader", "main"]
     assert group.submit(lambda _: 3) == 3
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_an_interrupt_just_as_the_call_comes_loses_neither(taken: bool) -> None:
+    ticket = Ticket(lambda _: None)
+    lock = ticket.wake
+
+    class Interrupted:
+        def acquire(self, blocking: bool = True) -> bool:
+            if not blocking:
+                return lock.acquire(blocking=False)
+            ticket.called = True
+            lock.release()
+            if taken:
+                lock.acquire()
+            raise KeyboardInterrupt
+
+    ticket.wake = Interrupted()  # type: ignore[assignment]
+    assert isinstance(_wait(ticket), KeyboardInterrupt)
+    assert lock.locked()  # so that the ticket can be called once more, when it has led
 
 
 def test_groups_are_bounded() -> None:
