@@ -37,7 +37,7 @@ CHECKED_ROWS = 96
 
 @dataclass(frozen=True)
 class Case:
-    """`target_ms`: what issue and README promise; None: none is stated."""
+    """`target_ms`: what the kernel is meant to reach; None: no target is set."""
 
     name: str
     head_dim: int
