@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,9 @@ from mtserve.cache.index import TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine import setup
 from mtserve.engine.job import Job
+from mtserve.engine.pace import Pace
 from mtserve.engine.planner import BatchPlan, Planner
-from mtserve.engine.runner import BatchRunner, Pending, Runner
+from mtserve.engine.runner import BatchRunner, Done, Pending, Runner
 from mtserve.engine.scheduler import Scheduler, Slot
 from mtserve.engine.sequence import SequenceBuilder, UserSequence
 from mtserve.engine.tiers import Reservation, Tiers
@@ -57,7 +57,7 @@ class Core:
         self._metrics = metrics
         self._clock = clock
         self.kernels = setup.resolve_kernels(config.kernels, model.config, self.device, self.dtype, config.page_tokens)
-        self._recent_s: deque[float] = deque(maxlen=32)
+        self._pace = Pace()
         self._flight: Flight | None = None
         self._forgotten: set[str] = set()  # deleted users with requests in the queue
         self._shape = setup.page_shape(model.config, config, self.dtype)
@@ -84,6 +84,7 @@ class Core:
         self.fingerprint = fingerprint(model)
         key = f"{self.fingerprint} {self.dtype} {self._shape.sizes}"
         self.builder = SequenceBuilder(model.config, model.schema, key)
+        self._no_logits = np.empty((0, len(model.config.tasks)), dtype=np.float32)
         self._planner = Planner(model, self.config.page_tokens)
         self._runner = self._make_runner(model)
 
@@ -119,7 +120,8 @@ class Core:
 
         Where the runner overlaps, a batch is planned and launched while the one before it runs.
         """
-        self.scheduler.drop_hopeless(self._clock(), min(self._recent_s, default=0.0))
+        now = self._clock()
+        self.scheduler.drop_hopeless(now, self._pace.token_s(now))
         progress = self._finish_copies()
         slots = self.scheduler.take(self._cached)
         launched = self._launch(slots) if slots else None
@@ -153,7 +155,9 @@ class Core:
             plan = self._planner.plan(slots, reservation)
             # A part that found no pages was planned whole: its jobs, which `take` left queued, are answered now.
             self.scheduler.remove([job for slot in parts if not slot.partial for job in slot.jobs])
-            return Flight(slots, reservation, plan, self._runner.start(plan), began)
+            # Nothing to encode and nothing to score: a prefetch that found all of its states.
+            pending = self._runner.start(plan) if plan.tokens else Done(self._no_logits)
+            return Flight(slots, reservation, plan, pending, began)
         except Exception as error:
             log.exception("a batch of %d users failed", len(slots))
             self._fail(slots, reservation, error)
@@ -170,8 +174,9 @@ class Core:
             log.exception("a batch of %d users failed", len(flight.slots))
             self._fail(flight.slots, flight.reservation, error)
             return True
-        seconds = self._clock() - flight.began
-        self._recent_s.append(seconds)
+        now = self._clock()
+        seconds = now - flight.began
+        self._pace.landed(flight.began, now, flight.plan.tokens)
         self._commit(flight.slots, flight.reservation, flight.plan, logits, seconds)
         return True
 

@@ -41,8 +41,8 @@ class Loop:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a batch, those on their way to the queue included."""
-        return len(self._inbox) + len(self._core.scheduler)
+        """Requests for scores that wait for a batch, whatever is on its way to the queue included."""
+        return len(self._inbox) + self._core.scheduler.scores
 
     def admitting(self) -> None:
         """Raise Unavailable unless new work is taken."""

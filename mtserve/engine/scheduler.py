@@ -51,6 +51,11 @@ class Scheduler:
         self._scores: deque[Job] = deque()
         self._encodes: deque[Job] = deque()  # prefetches: behind every score
 
+    @property
+    def scores(self) -> int:
+        """Requests for scores that wait; prefetches have a queue of their own."""
+        return len(self._scores)
+
     def __len__(self) -> int:
         return len(self._scores) + len(self._encodes)
 
@@ -84,23 +89,23 @@ class Scheduler:
         """Take out `jobs`, as far as they are queued."""
         self._remove({id(job) for job in jobs})
 
-    def drop_hopeless(self, now: float, batch_s: float) -> None:
+    def drop_hopeless(self, now: float, token_s: float) -> None:
         """Take out what is cancelled or cannot meet its deadline, before it costs anything.
 
-        `batch_s`: seconds that even the quickest recent batch took; no request is answered sooner.
+        `token_s`: seconds a token of the best recent batch; a request takes that for its candidates at least.
         """
-        self.remove([job for job in self.jobs() if self._hopeless(job, now, batch_s)])
+        self.remove([job for job in self.jobs() if self._hopeless(job, now, token_s * len(job.candidates))])
 
-    def _hopeless(self, job: Job, now: float, batch_s: float) -> bool:
+    def _hopeless(self, job: Job, now: float, needed_s: float) -> bool:
         if job.future.cancelled():
             self._metrics.count("cancelled_total")
             return True
-        if job.deadline is None or job.deadline > now + batch_s:
+        if job.deadline is None or job.deadline > now + needed_s:
             return False
         waited, left = (now - job.arrived) * 1000, max(0.0, job.deadline - now) * 1000
         job.fail(
             DeadlineExceeded(
-                f"after {waited:.0f} ms in the queue {left:.0f} ms are left, a batch takes {batch_s * 1000:.0f} ms or more",
+                f"after {waited:.0f} ms in the queue {left:.0f} ms are left, it takes {needed_s * 1000:.0f} ms or more",
                 field="deadline",
             )
         )

@@ -132,8 +132,8 @@ def test_work_that_no_batch_could_finish_in_time_is_dropped_first(world: Make) -
 
     w.hook("page_write", slow)
     w.submit("a", 1)
-    w.run()  # the quickest batch known now took a second: two layers
-    hopeless, possible = w.submit("a", deadline=w.clock() + 0.9), w.submit("a", deadline=w.clock() + 1.1)
+    w.run()  # the best batch known now took a second, two layers, for six tokens: so will six candidates
+    hopeless, possible = w.submit("a", 6, deadline=w.clock() + 0.9), w.submit("a", 6, deadline=w.clock() + 1.1)
     w.step()
     assert isinstance(hopeless.future.exception(0), DeadlineExceeded)
     assert possible.future.result(0).position == 3
@@ -281,3 +281,43 @@ def test_the_user_of_a_batch_under_way_waits_for_it(world: Make) -> None:
     w.run()
     assert first.verify().encoded_tokens == 7
     assert second.verify().encoded_tokens == 2
+
+
+def test_one_slow_batch_does_not_doom_those_that_come_after(world: Make) -> None:
+    w = world()
+    w.put("a", 3)
+    w.hook("attention", lambda: setattr(w.clock, "now", w.clock.now + 5))  # as compiling would
+    w.score("a")
+    w.hook("attention", lambda: None)
+    w.engine._core._runner = w.engine._core._make_runner(w.engine.model)
+    doomed = w.submit("a", deadline=w.clock() + 0.2)
+    w.run()
+    assert isinstance(doomed.future.exception(0), DeadlineExceeded)
+    w.clock.now += 2
+    later = w.submit("a", deadline=w.clock() + 0.2)
+    w.run()
+    assert later.verify().gpu_tokens > 0
+
+
+def test_prefetches_do_not_take_the_room_of_scores(world: Make) -> None:
+    w = world(max_queue=2)
+    w.put("a", 3)
+    prefetches = [w.engine.prefetch("a") for _ in range(4)]
+    w.engine._loop.run_inbox()
+    score = w.submit("a")
+    w.run()
+    score.verify()
+    refused = [future for future in prefetches if future.exception(0) is not None]
+    assert len(refused) == 2
+    assert all(isinstance(future.exception(0), ResourceExhausted) for future in refused)
+
+
+def test_a_prefetch_of_what_is_there_runs_nothing(world: Make) -> None:
+    w = world()
+    w.put("a", 3)
+    w.score("a")
+    w.hook("attention", lambda: pytest.fail("a batch of no rows was run"))
+    again = w.engine.prefetch("a")
+    w.run()
+    assert again.result(0).encoded_tokens == 0
+    assert again.result(0).gpu_tokens == again.result(0).prefix_tokens
