@@ -51,6 +51,7 @@ proto: setup
 bench: setup
 	$(BIN)/python benchmarks/bench_planning.py
 	$(BIN)/python benchmarks/bench_history.py
+	$(BIN)/python benchmarks/bench_replay.py
 
 # Runs on a machine with CUDA, with the interpreter that has torch for it.
 gpu-check:

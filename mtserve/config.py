@@ -121,8 +121,8 @@ class ModelConfig(Config):
         object.__setattr__(self, "tasks", tuple(self.tasks))
 
     @property
-    def state_bytes_per_token(self) -> int:
-        """Bytes of K and V that one token takes over all layers, per byte of the dtype."""
+    def state_values_per_token(self) -> int:
+        """Values of K and V that one token takes over all layers."""
         return 2 * self.layers * self.heads * self.head_dim
 
 

@@ -49,7 +49,7 @@ def figures() -> str:
         "",
         "Replays of the EB-NeRD trace (538 requests, 19 users) in a closed loop of 8 requests, GPU tier at a share of",
         "the final working set, host tier at all of it; 'uncached' encodes every history whole with the same kernels.",
-        "On the GPU these replays still wait for the loop's Python more than for the kernels (see the forward table).",
+        "A GPU tier of a few pages lets few users into a batch: there the cache can lose, and does.",
         "",
         f"`{first['model']}`, float32 on the CPU ({hardware(cpu['stamp'])}):",
         "",

@@ -88,7 +88,7 @@ def test_fields_that_must_fit_together() -> None:
     for tasks in ((), ("ctr", "ctr"), tuple(map(str, range(65)))):
         assert _refused(ModelConfig, tasks=tasks).field == "tasks"
     assert ModelConfig.from_table({"tasks": ["like"]}).tasks == ("like",)
-    assert ModelConfig(layers=3, heads=5, head_dim=8).state_bytes_per_token == 2 * 3 * 5 * 8
+    assert ModelConfig(layers=3, heads=5, head_dim=8).state_values_per_token == 2 * 3 * 5 * 8
 
 
 def test_files_hold_one_table_a_class(tmp_path: Path) -> None:

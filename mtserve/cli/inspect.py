@@ -113,9 +113,9 @@ def _model(source: str, behaviours: int | None, page_tokens: int) -> dict[str, A
         "states": {},
     }
     for dtype, size in DTYPE_BYTES.items():
-        user_bytes = pages * page_tokens * config.state_bytes_per_token * size
+        user_bytes = pages * page_tokens * config.state_values_per_token * size
         facts["states"][dtype] = {
-            "bytes_per_token": config.state_bytes_per_token * size,
+            "bytes_per_token": config.state_values_per_token * size,
             "bytes_per_user": user_bytes,
             "users_per_gib": round(2**30 / user_bytes, 1),
         }

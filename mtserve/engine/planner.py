@@ -13,6 +13,7 @@ from mtserve.engine.job import Job
 from mtserve.engine.scheduler import Slot
 from mtserve.engine.tiers import Reservation
 from mtserve.kernels.plan import HostPlan
+from mtserve.model.mask import token_limits
 from mtserve.model.ranking import GROUP_C, RankingModel
 from mtserve.model.tokeniser import TokenInputs
 
@@ -65,7 +66,6 @@ class Planner:
         self._page_tokens = page_tokens
         self._users = len(model.schema.user)
         self._plain_norm = model.config.norm == "plain"
-        self._full = model.config.static_attention == "full"
 
     def plan(self, slots: Sequence[Slot], reservation: Reservation | None) -> BatchPlan:
         """Lay the batch out; without a reservation (cache off) every prefix is encoded whole and not kept."""
@@ -110,8 +110,8 @@ class Planner:
         limit, group = np.empty(total, dtype=np.int32), np.full(total, GROUP_C, dtype=np.int32)
         target = np.full(total, -1, dtype=np.int32)
         frozen = lengths.frozen[owner]
-        # visible_limits and the groups of model/mask.py, for all slots at once; GROUP_U, _S, _R are 0, 1, 2.
-        limit[token_rows] = np.where(tokens < frozen, frozen, tokens + 1) if self._full else tokens + 1
+        limit[token_rows] = token_limits(tokens, frozen, self._model.config.static_attention)
+        # GROUP_U, GROUP_S, GROUP_R are 0, 1, 2
         group[token_rows] = (tokens >= self._users).astype(np.int32) + (tokens >= frozen)
         limit[candidate_rows] = _join([job.limits for job in jobs], np.dtype(np.int32))
         table = np.empty((len(lengths.cached), 0), dtype=np.int32)

@@ -56,10 +56,17 @@ def visibility(groups: Groups, static_attention: str, seen_realtime: npt.NDArray
 
 def visible_limits(groups: Groups, static_attention: str, first: int, last: int) -> npt.NDArray[np.int32]:
     """int32 [last - first]: prefix token i in [first, last) sees tokens [0, limit)."""
-    limits = np.arange(first + 1, last + 1, dtype=np.int32)
+    return token_limits(np.arange(first, last), groups.frozen, static_attention)
+
+
+def token_limits(
+    tokens: npt.NDArray[np.int64], frozen: int | npt.NDArray[np.int64], static_attention: str
+) -> npt.NDArray[np.int32]:
+    """int32 [n]: prefix token tokens[i] sees [0, limit); `frozen`: tokens of U + S, of all or of each one's own user."""
+    limits = tokens + 1
     if static_attention == "full":
-        limits[: max(0, groups.frozen - first)] = groups.frozen
-    return limits
+        limits = np.where(tokens < frozen, frozen, limits)
+    return limits.astype(np.int32)
 
 
 def candidate_limits(

@@ -106,7 +106,7 @@ def test_presets_are_as_published() -> None:
         causal = name.startswith(("hstu", "kuairand"))
         assert config.name == name
         assert (config.static_history, config.static_attention) == (not causal, "causal" if causal else "full")
-    assert PRESETS["kuairand"].state_bytes_per_token == 2 * 8 * 4 * 128
+    assert PRESETS["kuairand"].state_values_per_token == 2 * 8 * 4 * 128
     with pytest.raises(InvalidArgument, match="mtgr-small"):
         preset("mtgr-tiny")
 
