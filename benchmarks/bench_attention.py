@@ -89,15 +89,22 @@ class Problem:
         prefix = case.cached + case.new
         one = np.concatenate([np.arange(case.cached + 1, prefix + 1), np.full(case.candidates, prefix)])
         self.limits = np.tile(one, case.batch).astype(np.int32)
-        self.kernel = AttentionKernel(HEADS, case.head_dim, torch.bfloat16, BLOCK, self.layers, self.pool, self.device)
+        self.kernels = {
+            deterministic: AttentionKernel(
+                HEADS, case.head_dim, torch.bfloat16, BLOCK, self.layers, self.pool, self.device,
+                deterministic=deterministic,
+            )
+            for deterministic in (False, True)
+        }  # fmt: skip
 
     def plan(self, **options: Any) -> None:
+        self.kernel = self.kernels[options.get("deterministic", False)]
         self.work, self.planned = build_work(
             self.slots, self.limits, self.table, heads=HEADS, head_dim=self.case.head_dim, sms=self.kernel.sms,
             device=self.device, **options,
         )  # fmt: skip
         shape = (self.rows, self.width)
-        if self.planned.max_splits > 1:
+        if self.planned.max_splits > 1 or self.kernel.deterministic:
             self.out = torch.full((self.planned.max_splits, *shape), float("nan"), device=self.device)
         else:
             self.out = torch.full(shape, float("nan"), device=self.device, dtype=torch.bfloat16)

@@ -1,10 +1,14 @@
-"""What the loop costs beside the GPU: a closed loop, saturated, of warm users with few new behaviours each.
+"""What the loop costs beside the GPU: warm users with few new behaviours each, more requests than the GPU can take.
 
     python benchmarks/bench_loop.py [--users 64] [--batch 32] [--history 4096] [--out loop.json]
 
-Prints medians a batch: CPU time to plan and launch it, time from its first to its last kernel, wall time, and the
-share of the wall time in which the GPU had nothing to do. Some scores are first held against the same engine
-without a cache; when they differ by more than bf16 does, nothing is reported and the exit status is 1.
+Three views of the same traffic, medians where nothing else is said:
+steps     the loop driven by hand, its queue always full: CPU time to plan and launch a batch, the GPU's time for it,
+          and how long the GPU waits from one batch's end to the next one's copy.
+profile   the same under the profiler: the share of the time in which no kernel and no copy ran.
+clients   the engine's own thread and client threads in a closed loop, all in one Python process.
+Some scores are first held against the same engine without a cache; when they differ by more than bf16 does, nothing
+is reported and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ import argparse
 import json
 import statistics
 import sys
+import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +42,9 @@ NEW, CANDIDATES, WARM_UP, LARGEST_ERROR = 4, 256, 8, 0.03
 class Traffic:
     """Seeded behaviours and requests of `users` users, in turn."""
 
-    def __init__(self, schema: FeatureSchema, users: int, history: int, seed: int) -> None:
+    def __init__(self, schema: FeatureSchema, users: int, history: int, seed: int, name: str = "user") -> None:
         self._schema, self._rng, self._next = schema, np.random.default_rng(seed), 0
-        self.users = [f"user-{index}" for index in range(users)]
+        self.users = [f"{name}-{index}" for index in range(users)]
         self._ends = dict.fromkeys(self.users, history)
         self._history = history
 
@@ -61,24 +67,51 @@ class Traffic:
 
 
 class Timed:
-    """A runner that notes the CPU time of each start and the span of its kernels."""
+    """Notes when each batch of `engine` starts and ends on the GPU, and the CPU time of planning and launching it."""
 
-    overlaps = True
-
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
+    def __init__(self, engine: Engine) -> None:
         self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.launches: list[float] = []
+        core = engine._core
+        self.runner = runner = core._runner
+        launch, upload, start = core._launch, runner._metadata.upload, runner.start
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
+        def upload_noted(*arguments: Any) -> None:
+            self._first = torch.cuda.Event(enable_timing=True)
+            self._first.record()
+            upload(*arguments)
 
-    def start(self, plan: Any) -> Any:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        pending = self._runner.start(plan)
-        last.record()
-        self.spans.append((first, last))
-        return pending
+        def start_noted(plan: Any) -> Any:
+            pending = start(plan)
+            last = torch.cuda.Event(enable_timing=True)
+            last.record()
+            self.spans.append((self._first, last))
+            return pending
+
+        def launch_noted(slots: Any) -> Any:
+            began = time.perf_counter()
+            flight = launch(slots)
+            self.launches.append(time.perf_counter() - began)
+            return flight
+
+        core._launch, runner.start, runner._metadata.upload = launch_noted, start_noted, upload_noted
+
+    def forget(self) -> None:
+        torch.cuda.synchronize()
+        self.spans.clear()
+        self.launches.clear()
+
+    def summary(self) -> dict[str, float]:
+        """Of all batches since `forget`, in ms and shares; the GPU must have ended them."""
+        torch.cuda.synchronize()
+        busy = [first.elapsed_time(last) for first, last in self.spans]
+        gaps = [max(0.0, a[1].elapsed_time(b[0])) for a, b in pairwise(self.spans)]
+        return {
+            "launch_cpu_ms": 1e3 * statistics.median(self.launches),
+            "gpu_ms": statistics.median(busy),
+            "gap_ms": statistics.median(gaps),
+            "gpu_idle_share": sum(gaps) / (sum(gaps) + sum(busy)),
+        }
 
 
 def check(model: Any, history: int, seed: int) -> float:
@@ -100,48 +133,104 @@ def check(model: Any, history: int, seed: int) -> float:
     return float(np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[1]))
 
 
-def measure(model: Any, users: int, batch: int, history: int, batches: int, seed: int) -> dict[str, Any]:
-    """Medians of a saturated loop: the queue always holds the next batch when one is planned."""
-    config = EngineConfig(gpu_cache="50%", host_cache="0", max_batch_requests=batch)
+def config_of(batch: int) -> EngineConfig:
+    return EngineConfig(gpu_cache="50%", host_cache="0", max_batch_requests=batch)
+
+
+def drive(engine: Engine, traffic: Traffic, batch: int, batches: int) -> list[float]:
+    """Seconds of each step; the queue holds a batch when one is begun."""
+    steps = []
+    for _ in range(batches):
+        for _ in range(batch):
+            traffic.submit(engine)
+        engine._loop.run_inbox()
+        began = time.perf_counter()
+        engine._core.step()
+        steps.append(time.perf_counter() - began)
+    return steps
+
+
+def measure_steps(model: Any, users: int, batch: int, history: int, batches: int, seed: int) -> dict[str, Any]:
+    """The loop by hand; requests are made between steps, on the same thread, while the GPU waits or works."""
     traffic = Traffic(model.schema, users, history, seed)
-    with Engine(model, config, start=False) as engine:
+    with Engine(model, config_of(batch), start=False) as engine:
         traffic.start(engine)
-        core = engine._core
-        core._runner = timed = Timed(core._runner)
-        launch, launches = core._launch, []
+        drive(engine, traffic, batch, WARM_UP)
+        # Requests first, so that nothing but steps lies between batches.
+        for _ in range(batches * batch):
+            traffic.submit(engine)
+        engine._loop.run_inbox()
+        timed = Timed(engine)
+        timed.forget()
+        began, steps = time.perf_counter(), []
+        while engine._core.busy():
+            step_began = time.perf_counter()
+            engine._core.step()
+            steps.append(time.perf_counter() - step_began)
+        seconds = time.perf_counter() - began
+        runner = timed.runner
+        return {
+            **timed.summary(),
+            "step_wall_ms": 1e3 * statistics.median(steps),
+            "padded_rows_share": runner.padded_rows / runner.rows,
+            "requests_per_s": batches * batch / seconds,
+            "profile": profile(engine, traffic, batch, batches),
+        }
 
-        def launch_timed(slots: Any) -> Any:
-            began = time.perf_counter()
-            flight = launch(slots)
-            launches.append(time.perf_counter() - began)
-            return flight
 
-        core._launch = launch_timed  # type: ignore[method-assign]
-        steps = []
-        for index in range(WARM_UP + batches):
-            for _ in range(batch):
-                traffic.submit(engine)
-            engine._loop.run_inbox()
-            began = time.perf_counter()
-            core.step()
-            steps.append(time.perf_counter() - began)
-            if index == WARM_UP - 1:
-                timed.spans.clear(), launches.clear(), steps.clear()
-        while core.busy():
-            core.step()
+def profile(engine: Engine, traffic: Traffic, batch: int, batches: int) -> dict[str, float]:
+    """What the GPU did from the first kernel to the last, by the profiler's own record."""
+    for _ in range(batches * batch):
+        traffic.submit(engine)
+    engine._loop.run_inbox()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        while engine._core.busy():
+            engine._core.step()
         torch.cuda.synchronize()
-        spans = [first.elapsed_time(last) for first, last in timed.spans[: len(steps)]]
-        padded = timed.padded_rows / max(1, timed.rows)
-        kernels = core.kernels
-    wall, gpu = 1e3 * statistics.median(steps), statistics.median(spans)
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.end > event.time_range.start
+    )
+    begin, end, busy = spans[0][0], spans[0][0], 0.0
+    for first, last in spans:
+        busy += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return {"activities": len(spans), "seconds": (end - begin) / 1e6, "gpu_idle_share": 1 - busy / (end - begin)}
+
+
+def measure_clients(model: Any, users: int, batch: int, history: int, batches: int, seed: int) -> dict[str, Any]:
+    """`users` client threads that append, ask and wait; each has one request under way."""
+    each = max(1, batches * batch // users)
+    with Engine(model, config_of(batch)) as engine:
+        loads = [Traffic(model.schema, 1, history, seed + index, f"client-{index}") for index in range(users)]
+        for load in loads:
+            load.start(engine)
+        timed = Timed(engine)
+        latencies: list[float] = []
+
+        def client(load: Traffic, requests: int) -> None:
+            for _ in range(requests):
+                latencies.append(load.submit(engine).result().latency_s)
+
+        for requests in (WARM_UP, each):
+            timed.forget()
+            latencies.clear()
+            began = time.perf_counter()
+            threads = [threading.Thread(target=client, args=(load, requests)) for load in loads]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            seconds = time.perf_counter() - began
+        summary = timed.summary()
+    latencies.sort()
     return {
-        "kernels": kernels,
-        "launch_cpu_ms": 1e3 * statistics.median(launches[: len(steps)]),
-        "kernels_span_ms": gpu,
-        "step_wall_ms": wall,
-        "gpu_idle_share": max(0.0, 1 - gpu / wall),
-        "padded_rows_share": padded,
-        "requests_per_s": batch / wall * 1e3,
+        **summary,
+        "threads": users,
+        "requests_per_s": users * each / seconds,
+        "latency_p50_ms": 1e3 * latencies[len(latencies) // 2],
+        "latency_p99_ms": 1e3 * latencies[int(len(latencies) * 0.99)],
     }
 
 
@@ -162,9 +251,11 @@ def main() -> int:
     if not error <= LARGEST_ERROR:
         print(f"FAILED: cached and uncached logits differ by {error:.2e} (relative L2)")
         return 1
-    result = measure(model, options.users, options.batch, options.history, options.batches, options.seed)
-    for name, value in result.items():
-        print(f"{name:<20} {value if isinstance(value, str) else f'{value:.3f}'}")
+    shape_of = (options.users, options.batch, options.history, options.batches, options.seed)
+    result = {"steps": measure_steps(model, *shape_of), "clients": measure_clients(model, *shape_of)}
+    for view, values in result.items():
+        for name, value in values.items():
+            print(f"{view:<8} {name:<20} {value if isinstance(value, dict) else f'{value:.3f}'}")
     shape = {key: getattr(options, key) for key in ("model", "users", "batch", "history")}
     report = {"stamp": stamp(seed=options.seed, device="cuda:0"), **shape, "relative_l2_uncached": error, **result}
     options.out.write_text(json.dumps(report, indent=2) + "\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,19 +138,30 @@ class Histogram:
         self._max = 0.0
 
     def observe(self, value: float) -> None:
-        index = 0
-        if value > 0:
-            # 1e-9 keeps exact powers of two, which round up by an ulp or two, in their own bucket.
-            index = math.ceil((math.log2(value) - self._low) * BUCKETS_PER_DOUBLING - 1e-9)
-            if index < 0:
-                index = 0
-            elif index > self._last:
-                index = self._last
+        index = self._bucket(value)
         with self._lock:
             self._buckets[index] += 1
             self._sum += value
             if value > self._max:
                 self._max = value
+
+    def observe_many(self, values: Sequence[float]) -> None:
+        """As many `observe`, under one lock."""
+        indices = [self._bucket(value) for value in values]
+        with self._lock:
+            for index in indices:
+                self._buckets[index] += 1
+            self._sum += sum(values)
+            self._max = max(self._max, max(values, default=0.0))
+
+    def _bucket(self, value: float) -> int:
+        if value <= 0:
+            return 0
+        # 1e-9 keeps exact powers of two, which round up by an ulp or two, in their own bucket.
+        index = math.ceil((math.log2(value) - self._low) * BUCKETS_PER_DOUBLING - 1e-9)
+        if index < 0:
+            return 0
+        return index if index < self._last else self._last
 
     def read(self) -> Distribution:
         with self._lock:
@@ -175,6 +186,12 @@ class Metrics:
         with self._lock:
             self._numbers[name, label] += amount
 
+    def count_many(self, amounts: Iterable[tuple[str, float, str]]) -> None:
+        """Many `count` (name, amount, label) under one lock: nobody sees some of them done and others not."""
+        with self._lock:
+            for name, amount, label in amounts:
+                self._numbers[name, label] += amount
+
     def set(self, name: str, value: float, label: str = "") -> None:
         """Set a gauge."""
         key = (name, label)
@@ -186,6 +203,10 @@ class Metrics:
     def observe(self, name: str, value: float) -> None:
         """Add one observation to a histogram, in the unit its name states."""
         self._histograms[name].observe(value)
+
+    def observe_many(self, name: str, values: Sequence[float]) -> None:
+        """Add many observations to a histogram at once."""
+        self._histograms[name].observe_many(values)
 
     def value(self, name: str, label: str = "") -> float:
         """The present value of a counter or gauge."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -54,8 +54,7 @@ class Request:
     history: History | None = None
 
 
-@dataclass(frozen=True)
-class ScoreResult:
+class ScoreResult(NamedTuple):
     """Scores of one request and where its prefix was found.
 
     `scores`: float32 [candidates, tasks], sigmoid of the logits. Tokens sum:

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from small_models import START_MS, make_behaviours, make_candidates, make_features, small_model
 
 from mtserve.config import EngineConfig
+from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize
 from mtserve.engine.engine import Engine
-from mtserve.engine.planner import BatchPlan
 from mtserve.engine.runner import BatchRunner
 from mtserve.engine.runner import Pending as PendingBatch
 from mtserve.engine.setup import DTYPES, page_shape
@@ -114,6 +114,9 @@ class OverlappingRunner:
 
     def __init__(self, runner: BatchRunner) -> None:
         self.runner = runner
+
+    def room(self, size: BatchSize) -> BatchArrays:
+        return self.runner.room(size)
 
     def start(self, plan: BatchPlan) -> PendingBatch:
         return self.runner.start(plan)

@@ -42,14 +42,28 @@ int32_t* plan_array(const Buffer& buffer, const char* field, int rank, int64_t r
     return buffer.data<int32_t>();
 }
 
+// A sequence's items without a call each.
+class Items {
+public:
+    Items(nb::handle sequence, const char* field) : fast_(nb::steal(PySequence_Fast(sequence.ptr(), field))) {
+        if (!fast_.is_valid()) throw nb::python_error();
+    }
+    Py_ssize_t size() const { return PySequence_Fast_GET_SIZE(fast_.ptr()); }
+    nb::handle operator[](Py_ssize_t i) const { return PySequence_Fast_GET_ITEM(fast_.ptr(), i); }
+
+private:
+    nb::object fast_;
+};
+
+Error one_chain_a_user(Py_ssize_t users) {
+    return invalid_argument("chains", "needs one chain a user: " + std::to_string(users));
+}
+
 Ticket begin_batch(Index& index, nb::sequence users, nb::sequence chains, nb::handle cached, nb::handle stored,
                    nb::handle page_table, double now) {
-    const nb::object user_list = nb::steal(PySequence_Fast(users.ptr(), "users: needs a sequence"));
-    const nb::object chain_list = nb::steal(PySequence_Fast(chains.ptr(), "chains: needs a sequence"));
-    if (!user_list.is_valid() || !chain_list.is_valid()) throw nb::python_error();
-    const Py_ssize_t rows = PySequence_Fast_GET_SIZE(user_list.ptr());
-    if (PySequence_Fast_GET_SIZE(chain_list.ptr()) != rows)
-        throw invalid_argument("chains", "needs one chain a user: " + std::to_string(rows));
+    const Items user_items(users, "users"), chain_items(chains, "chains");
+    const Py_ssize_t rows = user_items.size();
+    if (chain_items.size() != rows) throw one_chain_a_user(rows);
     const Buffer cached_out(cached, "cached", PyBUF_FORMAT | PyBUF_WRITABLE);
     const Buffer stored_out(stored, "stored", PyBUF_FORMAT | PyBUF_WRITABLE);
     const Buffer table_out(page_table, "page_table", PyBUF_FORMAT | PyBUF_WRITABLE);
@@ -60,8 +74,8 @@ Ticket begin_batch(Index& index, nb::sequence users, nb::sequence chains, nb::ha
     std::deque<Buffer> held;  // a deque, for views must not move
     std::vector<BatchItem> items(static_cast<size_t>(rows));
     for (Py_ssize_t i = 0; i < rows; ++i) {
-        held.emplace_back(PySequence_Fast_GET_ITEM(chain_list.ptr(), i), "chains", PyBUF_FORMAT);
-        items[i] = {user_view(PySequence_Fast_GET_ITEM(user_list.ptr(), i), "users"), chain_view(held.back(), "chains")};
+        held.emplace_back(chain_items[i], "chains", PyBUF_FORMAT);
+        items[i] = {user_view(user_items[i], "users"), chain_view(held.back(), "chains")};
     }
     return index.begin_batch(items, plan, now);
 }
@@ -86,6 +100,22 @@ nb::tuple busy(const Index& index, nb::handle user) {
     return nb::make_tuple(entry && entry->load, entry && entry->store, entry && entry->batch);
 }
 
+nb::list survey(const Index& index, nb::sequence users, nb::sequence chains) {
+    const Items user_items(users, "users"), chain_items(chains, "chains");
+    if (chain_items.size() != user_items.size()) throw one_chain_a_user(user_items.size());
+    nb::list found;
+    for (Py_ssize_t i = 0; i < user_items.size(); ++i) {
+        const Buffer chain(chain_items[i], "chains", PyBUF_FORMAT);
+        found.append(index.presence(user_view(user_items[i], "users"), chain_view(chain, "chains")));
+    }
+    return found;
+}
+
+void touch(Index& index, nb::sequence users, double now) {
+    const Items items(users, "users");
+    for (Py_ssize_t i = 0; i < items.size(); ++i) index.touch(user_view(items[i], "users"), now);
+}
+
 nb::list users(const Index& index) {
     nb::list rows;
     for (const Entry* entry : index.live_entries())
@@ -93,31 +123,16 @@ nb::list users(const Index& index) {
     return rows;
 }
 
-nb::dict tier_stats(const TierStats& from) {
-    nb::dict to;
-    to["total"] = from.total;
-    to["free"] = from.free;
-    to["used"] = from.used;
-    to["in_flight"] = from.in_flight;
-    to["users"] = from.users;
-    to["evicted_pages"] = from.evicted_pages;
-    to["evicted_users"] = from.evicted_users;
-    return to;
+nb::tuple tier_stats(const TierStats& from) {
+    return nb::make_tuple(from.total, from.free, from.used, from.in_flight, from.users, from.evicted_pages, from.evicted_users);
 }
 
-nb::dict stats(const Index& index) {
+// Tuples in the order of the named tuples that `mtserve.cache.index` makes of them.
+nb::tuple stats(const Index& index) {
     const IndexStats from = index.stats();
-    nb::dict to;
-    to["gpu"] = tier_stats(from.tier[kGpu]);
-    to["host"] = tier_stats(from.tier[kHost]);
-    to["users"] = from.users;
-    to["detached"] = from.detached;
-    to["batches_in_flight"] = from.batches_in_flight;
-    to["loads_in_flight"] = from.loads_in_flight;
-    to["stores_in_flight"] = from.stores_in_flight;
-    to["corrections"] = from.corrections;
-    to["invalidated"] = from.invalidated;
-    return to;
+    return nb::make_tuple(tier_stats(from.tier[kGpu]), tier_stats(from.tier[kHost]), from.users, from.detached,
+                          from.batches_in_flight, from.loads_in_flight, from.stores_in_flight, from.corrections,
+                          from.invalidated);
 }
 
 void extend(nb::handle out, nb::handle rows, uint64_t seed) {
@@ -153,11 +168,17 @@ void bind_index(nb::module_& module) {
         .def("__repr__", [](const Match& m) {
             return "Match(gpu_tokens=" + std::to_string(m.gpu_tokens) + ", host_tokens=" + std::to_string(m.host_tokens) + ")";
         });
+    nb::class_<Presence>(module, "Presence")
+        .def_ro("gpu_tokens", &Presence::gpu_tokens)
+        .def_ro("host_tokens", &Presence::host_tokens)
+        .def_ro("loading", &Presence::loading)
+        .def_ro("in_batch", &Presence::in_batch);
     nb::class_<Index>(module, "Index")
         .def(nb::init<int64_t, int64_t, int64_t, const std::string&, bool>(), "page_tokens"_a, "gpu_pages"_a, "host_pages"_a,
              "policy"_a, "track_freed"_a)
         .def_prop_ro("page_tokens", &Index::page_tokens)
         .def("lookup", &lookup, "user"_a, "chain"_a)
+        .def("survey", &survey, "users"_a, "chains"_a)
         .def("_busy", &busy, "user"_a)
         .def("_begin_batch", &begin_batch, "users"_a, "chains"_a, "cached"_a, "stored"_a, "page_table"_a, "now"_a)
         .def("end_batch", &Index::end_batch, "ticket"_a, "success"_a)
@@ -167,7 +188,7 @@ void bind_index(nb::module_& module) {
              [](Index& index, nb::handle user, double now) { return copy_tuple(index.begin_store(user_view(user, "user"), now)); },
              "user"_a, "now"_a)
         .def("end_store", &Index::end_store, "ticket"_a, "success"_a)
-        .def("_touch", [](Index& index, nb::handle user, double now) { index.touch(user_view(user, "user"), now); }, "user"_a, "now"_a)
+        .def("_touch", &touch, "users"_a, "now"_a)
         .def("invalidate", [](Index& index, nb::handle user) { return index.invalidate(user_view(user, "user")); }, "user"_a)
         .def("invalidate_all", &Index::invalidate_all)
         .def("users", &users)
@@ -206,4 +227,5 @@ NB_MODULE(_core, module) {
     bind_allocator(module);
     bind_index(module);
     bind_attention_work(module);
+    bind_batch_layout(module);
 }

@@ -50,10 +50,16 @@ const Entry* Index::find(std::string_view user) const {
 Entry* Index::find(std::string_view user) { return const_cast<Entry*>(std::as_const(*this).find(user)); }
 
 Match Index::lookup(std::string_view user, ChainView chain) const {
+    const Presence found = presence(user, chain);
+    return {found.gpu_tokens, found.host_tokens};
+}
+
+Presence Index::presence(std::string_view user, ChainView chain) const {
     const Entry* entry = find(user);
     if (!entry) return {};
     const int32_t shared = common_prefix(entry->view(), chain);
-    return {std::min(entry->on[kGpu].tokens, shared), std::min(entry->on[kHost].tokens, shared)};
+    return {std::min(entry->on[kGpu].tokens, shared), std::min(entry->on[kHost].tokens, shared), entry->load != 0,
+            entry->batch != 0};
 }
 
 // ---- batches

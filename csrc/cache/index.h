@@ -71,6 +71,12 @@ struct Match {
     int32_t gpu_tokens = 0, host_tokens = 0;
 };
 
+// A match and what may change it: the user's open tickets that a reader of the device's states waits for.
+struct Presence {
+    int32_t gpu_tokens = 0, host_tokens = 0;
+    bool loading = false, in_batch = false;
+};
+
 struct BatchItem {
     std::string_view user;
     ChainView chain;
@@ -107,6 +113,7 @@ public:
     Index(int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy, bool track_freed);
 
     Match lookup(std::string_view user, ChainView chain) const;
+    Presence presence(std::string_view user, ChainView chain) const;
     const Entry* find(std::string_view user) const;
 
     Ticket begin_batch(const std::vector<BatchItem>& items, const BatchPlan& plan, double now);

@@ -24,6 +24,8 @@
 //   WARPGROUPS  2: tiles of 128 rows, any head dim. 3: tiles of 192 rows, head dim <= 128; a K/V tile
 //               then serves more rows, which pays where there are rows enough (measured: +20% on long
 //               prefixes), and costs where there are few.
+//   CHUNKED     0. With 1 a row's sum is made of chunks of blocks that the work list fixes for its slot, summed in
+//               order within a unit and by whoever adds up partial sums: the same bits however units are cut.
 //   SPIN_LIMIT  0. For debugging: polls after which a barrier gives up, so that a hang becomes a wrong result.
 
 #ifndef HEAD_DIM
@@ -34,6 +36,9 @@
 #endif
 #ifndef WARPGROUPS
 #define WARPGROUPS 2
+#endif
+#ifndef CHUNKED
+#define CHUNKED 0
 #endif
 #ifndef SPIN_LIMIT
 #define SPIN_LIMIT 0
@@ -66,18 +71,21 @@ constexpr int THREADS = 128 * (WARPGROUPS + 1);
 // has 232 registers: O takes D / 2 of them, S 32, its packed weights 16, all of Q another D / 4. With
 // D = 256 (O: 128), and with three consumers of 160 registers, Q does not fit; two steps do for D <= 128.
 constexpr int Q_STEPS = WARPGROUPS == 3 ? 2 : D <= 128 ? STEPS : 0;
-// Stages: as many as fit 227 KiB beside Q (and the merge buffer). D = 256: V is held a block longer than K.
-constexpr int K_STAGES = D <= 128 ? 5 : 2;
-constexpr int V_STAGES = D <= 128 ? 5 : 3;
+// A sum of closed chunks waits in shared memory: D / 2 floats a thread. With D = 256 there is no room, and it waits in
+// the output, where L2 adds to it; that is slow (2.7 microseconds a chunk were measured, 0.3 through shared memory).
+constexpr bool KEPT_SUMS = CHUNKED && D <= 128;
+// Stages: as many as fit 227 KiB beside Q (and kept sums or the merge buffer). V is held a block longer than K.
+constexpr int K_STAGES = D > 128 ? 2 : !KEPT_SUMS || D < 128 ? 5 : WARPGROUPS == 2 ? 4 : 2;
+constexpr int V_STAGES = D > 128 ? 3 : !KEPT_SUMS || D < 128 ? 5 : WARPGROUPS == 2 ? 4 : 3;
 // Tiles of <= 64 rows would leave the second warpgroup idle: the two take alternate key blocks of the
 // same rows instead, and add up through shared memory. With D = 256 there is no room for that.
-constexpr bool ALTERNATE = WARPGROUPS == 2 && D <= 128;
+constexpr bool ALTERNATE = WARPGROUPS == 2 && D <= 128 && !CHUNKED;
 
 constexpr int Q_AT = 0;
 constexpr int K_AT = Q_AT + WARPGROUPS * TILE_BYTES;
 constexpr int V_AT = K_AT + K_STAGES * TILE_BYTES;
 constexpr int MERGE_AT = V_AT + V_STAGES * TILE_BYTES;
-constexpr int UNIT_AT = MERGE_AT + (ALTERNATE ? BLOCK * D * 4 : 0);
+constexpr int UNIT_AT = MERGE_AT + (ALTERNATE ? 1 : KEPT_SUMS ? WARPGROUPS : 0) * BLOCK * D * 4;
 constexpr int BARRIERS_AT = UNIT_AT + 64;      // 16 ints describe the unit
 constexpr int UNIT_FULL = BARRIERS_AT;
 constexpr int Q_FULL = UNIT_FULL + 8;
@@ -105,7 +113,7 @@ struct alignas(64) TensorMap { u64 opaque[16]; };
 // Mirrored by `Params` in mtserve/kernels/attention/cuda.py.
 struct Params {
     const Elem* uvqk;     // [T, 4, H, D]: u, v, q, k; u is never read
-    const int4* work;     // [capacity][2]: slot, row, rows, begin | end, split, 0, 0
+    const int4* work;     // [capacity][2]: slot, row, rows, begin | end, split, chunk, 0
     const int* count;     // [1]: items of the work list
     const int4* slots;    // [B]: cached, delta, first_row, rows
     const int* table;     // [B, table_width]: page ids
@@ -179,6 +187,11 @@ __device__ __forceinline__ void hold(float (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
+// Programmatic dependent launch: the next kernel of the stream may start once every thread block has said so (or
+// has ended), and must itself await the kernels before it ahead of reading what they wrote. Both do nothing in a
+// launch without that attribute.
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void await_kernels_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // The value of lane 0, which the compiler then knows to be the same for the whole warp.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
@@ -247,20 +260,20 @@ __device__ __forceinline__ void score_step_rs(float (&d)[32], const u32* a, u64 
         asm volatile(WGMMA("64", "1", NAMES_TO_32, "{%32, %33, %34, %35}", "%36", "0")
                      : ALL_32("+f", d) : A_REGISTERS(a), "l"(b));
 }
-// O += P V: [64, D] by a k-step of 16 tokens; P from registers, V transposed by the product.
-__device__ __forceinline__ void value_step(float (&d)[D / 2], const u32* a, u64 b) {
+// O += P V, or O = P V without `add`: [64, D] by a k-step of 16 tokens; P from registers, V transposed by the product.
+__device__ __forceinline__ void value_step(float (&d)[D / 2], const u32* a, u64 b, u32 add) {
 #if HEAD_DIM == 32
-    asm volatile(WGMMA("32", "1", NAMES_TO_16, "{%16, %17, %18, %19}", "%20", "1")
-                 : ALL_16("+f", d) : A_REGISTERS(a), "l"(b));
+    asm volatile(WGMMA("32", "%21", NAMES_TO_16, "{%16, %17, %18, %19}", "%20", "1")
+                 : ALL_16("+f", d) : A_REGISTERS(a), "l"(b), "r"(add));
 #elif HEAD_DIM == 64
-    asm volatile(WGMMA("64", "1", NAMES_TO_32, "{%32, %33, %34, %35}", "%36", "1")
-                 : ALL_32("+f", d) : A_REGISTERS(a), "l"(b));
+    asm volatile(WGMMA("64", "%37", NAMES_TO_32, "{%32, %33, %34, %35}", "%36", "1")
+                 : ALL_32("+f", d) : A_REGISTERS(a), "l"(b), "r"(add));
 #elif HEAD_DIM == 128
-    asm volatile(WGMMA("128", "1", NAMES_TO_64, "{%64, %65, %66, %67}", "%68", "1")
-                 : ALL_64("+f", d) : A_REGISTERS(a), "l"(b));
+    asm volatile(WGMMA("128", "%69", NAMES_TO_64, "{%64, %65, %66, %67}", "%68", "1")
+                 : ALL_64("+f", d) : A_REGISTERS(a), "l"(b), "r"(add));
 #else
-    asm volatile(WGMMA("256", "1", NAMES_TO_128, "{%128, %129, %130, %131}", "%132", "1")
-                 : ALL_128("+f", d) : A_REGISTERS(a), "l"(b));
+    asm volatile(WGMMA("256", "%133", NAMES_TO_128, "{%128, %129, %130, %131}", "%132", "1")
+                 : ALL_128("+f", d) : A_REGISTERS(a), "l"(b), "r"(add));
 #endif
 }
 
@@ -324,6 +337,7 @@ struct Unit {
     int row, rows;        // of the tile
     int begin, blocks;    // the run of key blocks
     int split;
+    int chunk;            // CHUNKED: blocks of a sum; the unit's sums are added one by one
     int cached, delta, first_row;   // of the slot
 };
 static_assert(sizeof(Unit) <= 64, "UNIT_AT has 64 bytes");
@@ -378,7 +392,7 @@ struct Producer {
     __device__ __forceinline__ void run_unit(int4 w0, int4 w1, int head) {
         const int4 slot = __ldg(p.slots + w0.x);
         const int* table = p.table + (long long)w0.x * p.table_width;
-        const Unit unit{head, w0.y, w0.z, w0.w, w1.x - w0.w, w1.y, slot.x, slot.y, slot.z};
+        const Unit unit{head, w0.y, w0.z, w0.w, w1.x - w0.w, w1.y, w1.z, slot.x, slot.y, slot.z};
         const int pages = (slot.x + BLOCK - 1) / BLOCK, x = head * D;
         int ids = 0;          // lane l holds the page id of block begin + 32 g + l
         int v_row = 0;        // V comes one block behind K
@@ -410,6 +424,9 @@ struct Producer {
         int item = min(unit / p.heads, p.capacity - 1);
         int4 w0 = __ldg(p.work + 2 * item), w1 = __ldg(p.work + 2 * item + 1);
         const int units = __ldg(p.count) * p.heads;
+        // The batch's metadata is older than any kernel that may still run; the counter, the projection and new
+        // pages are not. Consumers read what the projection wrote only after a unit has come from here.
+        await_kernels_before();
         while (unit < units) {
             int next = 0;
             if (lane == 0) next = gridDim.x + atomicAdd(p.counter, 1);
@@ -547,11 +564,11 @@ __device__ __forceinline__ void scores(float (&s)[32], const u32 (&q)[N], u32 q_
     }
     wgmma_commit();
 }
-// O += P V over one V tile: [64, 64] x [64, D]
-__device__ __forceinline__ void values(float (&o)[D / 2], const u32 (&p)[16], u32 v_tile) {
+// O += P V over one V tile, [64, 64] x [64, D]; a closed sum's successor starts without it.
+__device__ __forceinline__ void values(float (&o)[D / 2], const u32 (&p)[16], u32 v_tile, bool closed) {
 #pragma unroll
     for (int step = 0; step < BLOCK / 16; ++step)
-        value_step(o, p + 4 * step, mn_major(v_tile) + ((step * 16 * ROW_BYTES) >> 4));
+        value_step(o, p + 4 * step, mn_major(v_tile) + ((step * 16 * ROW_BYTES) >> 4), CHUNKED && step == 0 ? !closed : 1);
     wgmma_commit();
 }
 
@@ -613,23 +630,46 @@ __device__ __forceinline__ void own_sums(float (&o)[D / 2], const Params& p, lon
     }
 }
 
-// Row r (0, 1) of the thread's two.
+// Row r (0, 1) of the thread's two, times `scale`. `add`: onto what the thread stored there before. The addition is L2's,
+// which nobody waits for; it is no race, as only this thread ever writes there, in order.
 __device__ __forceinline__ void store_row(const float (&o)[D / 2], const Params& p, int r, long long row, int split,
-                                          int head, int lane) {
+                                          int head, int lane, float scale, bool add) {
     const long long at = row * p.heads * D + head * D + 2 * (lane & 3);
     if (p.partial) {
         float* to = reinterpret_cast<float*>(p.out) + split * p.split_stride + at;
 #pragma unroll
-        for (int g = 0; g < D / 8; ++g)
-            *reinterpret_cast<float2*>(to + 8 * g) =
-                make_float2(o[4 * g + 2 * r] * p.inv_n, o[4 * g + 2 * r + 1] * p.inv_n);
+        for (int g = 0; g < D / 8; ++g) {
+            const float2 sum = make_float2(__fmul_rn(o[4 * g + 2 * r], scale), __fmul_rn(o[4 * g + 2 * r + 1], scale));
+            if (add)
+                asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to + 8 * g), "f"(sum.x), "f"(sum.y) : "memory");
+            else
+                *reinterpret_cast<float2*>(to + 8 * g) = sum;
+        }
     } else {
         Elem* to = reinterpret_cast<Elem*>(p.out) + at;
 #pragma unroll
         for (int g = 0; g < D / 8; ++g)
-            *reinterpret_cast<u32*>(to + 8 * g) = pack(o[4 * g + 2 * r] * p.inv_n, o[4 * g + 2 * r + 1] * p.inv_n);
+            *reinterpret_cast<u32*>(to + 8 * g) = pack(o[4 * g + 2 * r] * scale, o[4 * g + 2 * r + 1] * scale);
     }
 }
+
+// The thread's sum of closed chunks, each rounded as whoever sums partial sums finds it: adding here or there gives
+// the same bits.
+struct KeptSum {
+    float* at;
+    float scale;
+    __device__ __forceinline__ void close(const float (&o)[D / 2], bool add) const {
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) {
+            const float sum = __fmul_rn(o[i], scale);
+            at[i * 128] = add ? __fadd_rn(at[i * 128], sum) : sum;
+        }
+    }
+    __device__ __forceinline__ void take(float (&o)[D / 2]) const {
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) o[i] = __fadd_rn(at[i * 128], __fmul_rn(o[i], scale));
+    }
+};
 
 // The sums of the second warpgroup go to the first. Both come here.
 __device__ __forceinline__ void merge_sums(float (&o)[D / 2], float* merge, int group) {
@@ -660,6 +700,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 smem, const Unit* u
         const int head = uniform(unit->head);
         if (head < 0) return;
         const int rows = uniform(unit->rows), blocks = uniform(unit->blocks), split = uniform(unit->split);
+        const int chunk = CHUNKED ? uniform(unit->chunk) : 0;
         c.begin = uniform(unit->begin);
         c.cached = uniform(unit->cached);
         c.delta = uniform(unit->delta);
@@ -691,6 +732,13 @@ __device__ __forceinline__ void consume(const Params& p, u32 smem, const Unit* u
         if (Q_STEPS == STEPS) release_q();
 
         c.k_next = c.v_next = 0;
+        const auto store = [&](float scale, bool add) {
+            if (in_group < my_rows) store_row(o, p, 0, (long long)row + in_group, split, head, lane, scale, add);
+            if (in_group + 8 < my_rows) store_row(o, p, 1, (long long)row + in_group + 8, split, head, lane, scale, add);
+        };
+        const KeptSum kept{merge + c.group * BLOCK * D + (threadIdx.x & 127), p.inv_n};
+        int closes = chunk;  // the block before which a sum is closed
+        bool closed = false;
         const int first = alternate ? c.group : 0, stride = alternate ? 2 : 1;
         if (first < mine) {
             // Nothing of wgmma is in flight across turns of the loop: ptxas serialises it otherwise (C7515).
@@ -713,7 +761,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 smem, const Unit* u
                 c.k_acquire(i);
                 wgmma_fence();
                 scores(s, q, q_tile, c.k_tile());
-                values(o, w, c.v_tile(v));
+                values(o, w, c.v_tile(v), closed);
                 wgmma_wait<1>();
                 hold(s);
                 c.k_release();
@@ -727,10 +775,16 @@ __device__ __forceinline__ void consume(const Params& p, u32 smem, const Unit* u
                 c.v_release(v);
                 v = next_v;
                 to_fragments(s, w);
+                closed = CHUNKED && i == closes;
+                if (closed) {
+                    if (KEPT_SUMS) kept.close(o, i > chunk);
+                    else store(p.inv_n, i > chunk);
+                    closes += chunk;
+                }
             }
             if (Q_STEPS != STEPS) release_q();
             wgmma_fence();
-            values(o, w, c.v_tile(v));
+            values(o, w, c.v_tile(v), closed);
             wgmma_wait<0>();
             hold(o);
             c.v_release(v);
@@ -745,9 +799,12 @@ __device__ __forceinline__ void consume(const Params& p, u32 smem, const Unit* u
 
         if constexpr (ALTERNATE)
             if (alternate) merge_sums(o, merge, c.group);
-        if (writes) {
-            if (in_group < my_rows) store_row(o, p, 0, (long long)row + in_group, split, head, lane);
-            if (in_group + 8 < my_rows) store_row(o, p, 1, (long long)row + in_group + 8, split, head, lane);
+        const bool more = CHUNKED && closes > chunk;
+        if (KEPT_SUMS && more) {
+            kept.take(o);
+            store(1.0f, false);
+        } else if (writes) {
+            store(p.inv_n, more);
         }
         __syncwarp();
     }
@@ -761,6 +818,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     unsigned char* aligned = raw + (smem - at);
     Unit* unit = reinterpret_cast<Unit*>(aligned + UNIT_AT);
     if (threadIdx.x == 0) {
+        let_next_start();
         barrier_init(smem + UNIT_FULL, 1);
         barrier_init(smem + Q_FULL, 1);
         barrier_init(smem + Q_EMPTY, CONSUMER_WARPS);

@@ -37,12 +37,11 @@ constexpr double kL2Rate = 5.5e6;
 constexpr double kL2Bytes = 40e6;
 constexpr double kExposedShare = 0.35;
 
-// Deterministic runs have at least about this many blocks, a tile at most so many of them: a compromise
-// between a lone slot, which would want more, and a full chip, which wants none. Slots of kUnsplitTiles
-// tiles and more fill the chip without.
-constexpr int32_t kFixedRun = 8;
-constexpr int32_t kFixedPieces = 4;
-constexpr int32_t kUnsplitTiles = 8;
+// A deterministic sum is made of chunks of blocks, about so many of them a slot, none shorter than this: a compromise
+// between a lone slot, which wants its tiles cut, and a full chip, where each chunk's end costs an addition in L2.
+constexpr int32_t kLeastChunk = 6;
+constexpr int32_t kChunks = 10, kChunksWide = 4;       // wide: head dim 256
+constexpr double kCloseChunk = 0.5, kCloseWide = 3.0;  // microseconds
 // How much longer an order may take that shares L2 better.
 constexpr double kBalanceLoss = 1.02;
 // Runs shorter than this are not worth an item of their own.
@@ -50,6 +49,7 @@ constexpr int32_t kMinRun = 3;
 
 struct Tile {
     int32_t slot, row, rows, blocks;
+    int32_t chunk;  // blocks of a sum that is closed before the next begins; 0: sums end where runs do
     double block_cost;
     double cost() const { return blocks * block_cost; }
 };
@@ -68,6 +68,7 @@ void check(const WorkRequest& r) {
     if (r.sms < 1 || r.sms > 4096) throw invalid_argument("sms", std::to_string(r.sms) + " is not in 1..4096");
     if (r.pieces < 0 || r.pieces > kMaxSplits)
         throw invalid_argument("pieces", std::to_string(r.pieces) + " is not in 0.." + std::to_string(kMaxSplits));
+    if (r.deterministic && r.pieces > 1) throw invalid_argument("pieces", "a deterministic plan is cut by itself, or with 1 not at all");
     if (r.tile_rows != 0 && r.tile_rows != 128 && (r.tile_rows != 192 || r.head_dim == 256))
         throw invalid_argument("tile_rows", std::to_string(r.tile_rows) + " is not 128, or 192 with head dims up to 128");
     if (r.rows > kMaxTokens) throw invalid_argument("limits", "more than 2^24 rows");
@@ -112,16 +113,12 @@ public:
             if (tiles_.size() <= static_cast<size_t>(rounds * lanes_)) consider(by_rounds(rounds), 0.0);
     }
     void choose_uniform(int32_t pieces) { consider(uniform(pieces), 0.0); }
-    void choose_fixed() {
-        // Only of the slot's own: its number of tiles and each tile's blocks.
-        runs_.clear();
-        for (size_t t = 0; t < tiles_.size(); ++t) {
-            const int32_t tiles_of_slot = ceil_div(request_.slots[4 * tiles_[t].slot + 3], costs_.tile_rows);
-            const int32_t pieces = std::min(kFixedPieces, (tiles_[t].blocks + kFixedRun / 2) / kFixedRun);
-            cut(t, tiles_of_slot >= kUnsplitTiles ? 1 : pieces);
-        }
-        consider(runs_, 0.0);
+    // Chunks are fixed, but the first run of a tile may take any number of them, and each other run takes one.
+    void choose_chunks() {
+        consider(by_chunks(1e300), 0.0);
+        for (int rounds : {1, 2, 3}) consider(by_chunks(std::max(1.0, total_ / (lanes_ * rounds))), 0.0);
     }
+    void choose_whole() { consider(by_chunks(1e300), 0.0); }
 
     double estimate() const { return best_; }
     const std::vector<Run>& runs() const { return kept_; }
@@ -129,21 +126,45 @@ public:
     int32_t tile_rows() const { return costs_.tile_rows; }
 
 private:
+    bool wide() const { return request_.head_dim == 256; }
+    double close_cost() const { return wide() ? kCloseWide : kCloseChunk; }
+
     void add_tiles(int32_t index, double narrow) {
         const int32_t* slot = request_.slots + 4 * index;
         const int32_t pages = ceil_div(slot[0], kBlockTokens);
+        const int32_t most_blocks = pages + ceil_div(slot[1], kBlockTokens);
+        const int32_t chunk = request_.deterministic ? std::max(kLeastChunk, ceil_div(most_blocks, wide() ? kChunksWide : kChunks)) : 0;
         for (int32_t at = 0; at < slot[3]; at += costs_.tile_rows) {
             const int32_t row = slot[2] + at, rows = std::min(costs_.tile_rows, slot[3] - at);
             int32_t most = 0;  // by a plain loop, which becomes vector code
             for (int32_t i = row; i < row + rows; ++i) most = std::max(most, request_.limits[i]);
             const int32_t blocks =
                 most <= slot[0] ? ceil_div(most, kBlockTokens) : pages + ceil_div(most - slot[0], kBlockTokens);
-            tiles_.push_back({index, row, rows, blocks, narrow * costs_.block[ceil_div(rows, kBlockTokens) - 1]});
+            tiles_.push_back({index, row, rows, blocks, chunk, narrow * costs_.block[ceil_div(rows, kBlockTokens) - 1]});
         }
     }
 
+    double run_cost(size_t tile, int32_t blocks, double block_cost) const {
+        const int32_t chunk = tiles_[tile].chunk;
+        const double closes = chunk && blocks > chunk ? close_cost() * (ceil_div(blocks, chunk) - 1) : 0.0;
+        return costs_.item + blocks * block_cost + closes;
+    }
     void add_run(size_t tile, int32_t begin, int32_t end, int32_t split) {
-        runs_.push_back({static_cast<int32_t>(tile), begin, end, split, costs_.item + (end - begin) * tiles_[tile].block_cost});
+        runs_.push_back({static_cast<int32_t>(tile), begin, end, split, run_cost(tile, end - begin, tiles_[tile].block_cost)});
+    }
+    // First runs of as many chunks as take about `target` microseconds, one at least; single chunks behind them.
+    const std::vector<Run>& by_chunks(double target) {
+        runs_.clear();
+        for (size_t t = 0; t < tiles_.size(); ++t) {
+            const Tile& tile = tiles_[t];
+            const int32_t chunks = std::max(1, ceil_div(tile.blocks, tile.chunk));
+            const double fit = std::min(1e6, (target - costs_.item) / (tile.chunk * tile.block_cost + close_cost()));
+            const int32_t first = std::clamp<int32_t>(static_cast<int32_t>(fit), 1, chunks);
+            add_run(t, 0, std::min(tile.blocks, first * tile.chunk), 0);
+            for (int32_t c = first; c < chunks; ++c)
+                add_run(t, c * tile.chunk, std::min(tile.blocks, (c + 1) * tile.chunk), c - first + 1);
+        }
+        return runs_;
     }
     void cut(size_t tile, int32_t pieces) {
         const int64_t blocks = tiles_[tile].blocks;
@@ -233,7 +254,7 @@ private:
         const double busy = std::min<double>(request_.sms, static_cast<double>(runs_.size()) * request_.heads);
         const double block = 4.0 * kBlockTokens * request_.head_dim * busy / kL2Rate;
         for (Run& run : runs_)
-            run.cost = costs_.item + (run.end - run.begin) * std::max(block, tiles_[run.tile].block_cost);
+            run.cost = run_cost(run.tile, run.end - run.begin, std::max(block, tiles_[run.tile].block_cost));
     }
 
     void consider(const std::vector<Run>& runs, double reread) {
@@ -283,7 +304,7 @@ WorkPlan write(const Planner& planner, const WorkRequest& request, const WorkOut
     int32_t* word = out.work;
     for (const Run& run : planner.runs()) {
         const Tile& tile = planner.tiles()[run.tile];
-        const int32_t item[kItemWords] = {tile.slot, tile.row, tile.rows, run.begin, run.end, run.split, 0, 0};
+        const int32_t item[kItemWords] = {tile.slot, tile.row, tile.rows, run.begin, run.end, run.split, tile.chunk, 0};
         word = std::copy(item, item + kItemWords, word);
         splits[run.tile] = std::max(splits[run.tile], run.split + 1);
     }
@@ -302,15 +323,16 @@ WorkPlan plan_attention_work(const WorkRequest& request, const WorkOut& out) {
     const bool wide = request.head_dim == 256;
     const auto planned = [&](const Costs& costs) {
         Planner planner(request, costs);
-        if (request.pieces) planner.choose_uniform(request.pieces);
-        else if (request.deterministic) planner.choose_fixed();
+        if (request.deterministic && request.pieces == 1) planner.choose_whole();
+        else if (request.deterministic) planner.choose_chunks();
+        else if (request.pieces) planner.choose_uniform(request.pieces);
         else planner.choose();
         return planner;
     };
     if (wide) return write(planned(kTiles128Wide), request, out);
     if (request.tile_rows == 128) return write(planned(kTiles128), request, out);
     Planner tiles192 = planned(kTiles192);
-    if (request.tile_rows == 192 || request.deterministic) return write(tiles192, request, out);
+    if (request.tile_rows == 192) return write(tiles192, request, out);
     Planner tiles128 = planned(kTiles128);
     return write(tiles192.estimate() < tiles128.estimate() ? tiles192 : tiles128, request, out);
 }

@@ -3,6 +3,10 @@
 // Rows of a slot are cut into tiles of `tile_rows` from the slot's first row; a tile's visible key
 // blocks (64 tokens; the cached ones first, then the new ones) into runs. Each (tile, run) is an item,
 // each row's runs are numbered 0 .. splits - 1, and together they cover its visible blocks once.
+//
+// A deterministic plan cuts nowhere but between chunks of blocks, which follow from the slot's lengths alone; only
+// a row's first run may take several, and the kernel closes a sum at each chunk's end. So a row's sums are the same,
+// added in the same order, whatever the plan makes of the batch around it.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +14,7 @@
 namespace mtserve {
 
 constexpr int32_t kBlockTokens = 64;
-constexpr int32_t kItemWords = 8;  // slot, row, rows, begin block, end block, split, 0, 0
+constexpr int32_t kItemWords = 8;  // slot, row, rows, begin block, end block, split, chunk, 0
 constexpr int32_t kMaxSplits = 16;
 
 struct WorkRequest {
@@ -21,8 +25,8 @@ struct WorkRequest {
     int32_t heads;
     int32_t head_dim;
     int32_t sms;
-    bool deterministic;     // tiles and runs of a slot depend on that slot alone
-    int32_t pieces;         // runs of every tile, where it has as many blocks; 0: choose
+    bool deterministic;     // runs of whole chunks only
+    int32_t pieces;         // runs of every tile, where it has as many blocks (deterministic: 1 only); 0: choose
     int32_t tile_rows;      // 128 or 192; 0: choose
 };
 

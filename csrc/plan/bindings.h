@@ -6,5 +6,6 @@
 namespace mtserve {
 
 void bind_attention_work(nanobind::module_& module);
+void bind_batch_layout(nanobind::module_& module);
 
 }  // namespace mtserve

@@ -13,16 +13,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from mtserve import _core
-from mtserve._core import Match
+from mtserve._core import Match, Presence
 from mtserve.types import Chain, Clock
 
-__all__ = ["Busy", "IndexStats", "Load", "Match", "Store", "TierStats", "TieredIndex"]
+__all__ = ["Busy", "IndexStats", "Load", "Match", "Presence", "Store", "TierStats", "TieredIndex"]
 
 PageIds = npt.NDArray[np.int32]
 
@@ -68,8 +68,7 @@ class Store(Copy):
     """GPU to host."""
 
 
-@dataclass(frozen=True)
-class TierStats:
+class TierStats(NamedTuple):
     """Pages of one tier: free + used + in_flight == total. Evictions count since the start."""
 
     total: int
@@ -81,8 +80,9 @@ class TierStats:
     evicted_users: int  # that lost their last page here
 
 
-@dataclass(frozen=True)
-class IndexStats:
+class IndexStats(NamedTuple):
+    """Every counter of the index at one moment."""
+
     gpu: TierStats
     host: TierStats
     users: int  # findable, those without tokens yet included
@@ -99,6 +99,8 @@ class TieredIndex(_core.Index):
 
     Inherited from the C++ core, and as public as the rest:
     `lookup(user, chain) -> Match`: tokens of `chain`'s prefix that each tier holds; changes nothing.
+    `survey(users, chains) -> [Presence]`: the same for many at once, with whether a load or a batch of the
+    user is under way; a user may come more than once.
     `end_batch | end_load | end_store(ticket, success)`: FailedPrecondition, and no change, when the
     ticket is not open (ended twice, or of another kind).
     `invalidate(user) -> bool`, `invalidate_all() -> int`: unfindable at once; pages in use are freed
@@ -147,9 +149,9 @@ class TieredIndex(_core.Index):
         """
         return self._begin_batch(users, chains, cached, stored, page_table, self._clock())
 
-    def touch(self, user: str) -> None:
-        """Count a use of the user's states without reading them, so that others are evicted first."""
-        self._touch(user, self._clock())
+    def touch(self, users: Sequence[str]) -> None:
+        """Count a use of each user's states without reading them, so that others are evicted first."""
+        self._touch(users, self._clock())
 
     def begin_load(self, user: str, chain: Chain) -> Load | None:
         """Plan host to GPU for what `chain` shares with the host copy; perhaps only a part for want of room.
@@ -176,8 +178,8 @@ class TieredIndex(_core.Index):
 
     def stats(self) -> IndexStats:
         """A snapshot of every counter."""
-        facts: dict[str, Any] = self._stats()
-        return IndexStats(**facts | {"gpu": TierStats(**facts["gpu"]), "host": TierStats(**facts["host"])})
+        gpu, host, *rest = self._stats()
+        return IndexStats(TierStats(*gpu), TierStats(*host), *rest)
 
 
 def _copy(kind: type[C], user: str, plan: tuple[int, bytes, bytes, int, int] | None) -> C | None:

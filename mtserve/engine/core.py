@@ -15,9 +15,11 @@ import numpy.typing as npt
 from mtserve.cache.index import TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine import setup
+from mtserve.engine.answers import count_scored, make_result
+from mtserve.engine.batch import BatchPlan
 from mtserve.engine.job import Job
 from mtserve.engine.pace import Pace
-from mtserve.engine.planner import BatchPlan, Planner
+from mtserve.engine.planner import Planner
 from mtserve.engine.runner import BatchRunner, Done, Pending, Runner
 from mtserve.engine.scheduler import Scheduler, Slot
 from mtserve.engine.sequence import SequenceBuilder, UserSequence
@@ -56,7 +58,7 @@ class Core:
         self.dtype = setup.resolve_dtype(config.dtype, self.device)
         self._metrics = metrics
         self._clock = clock
-        self.kernels = setup.resolve_kernels(config.kernels, model.config, self.device, self.dtype, config.page_tokens)
+        self.kernels = setup.resolve_kernels(config, model.config, self.device, self.dtype)
         self._pace = Pace()
         self._flight: Flight | None = None
         self._forgotten: set[str] = set()  # deleted users with requests in the queue
@@ -100,6 +102,7 @@ class Core:
             model, pool, self.config.page_tokens,
             rows=max(self.config.max_batch_tokens, alone), slots=self.config.max_batch_requests,
             width=-(-self._max_prefix(model) // self.config.page_tokens), capture=self.config.graphs == "on",
+            deterministic=self.config.deterministic,
         )  # fmt: skip
 
     @staticmethod
@@ -152,7 +155,7 @@ class Core:
         parts = [slot for slot in slots if slot.partial]
         try:
             reservation = None if self.tiers is None else self.tiers.reserve(slots)
-            plan = self._planner.plan(slots, reservation)
+            plan = self._planner.plan(slots, reservation, self._runner.room)
             # A part that found no pages was planned whole: its jobs, which `take` left queued, are answered now.
             self.scheduler.remove([job for slot in parts if not slot.partial for job in slot.jobs])
             # Nothing to encode and nothing to score: a prefetch that found all of its states.
@@ -189,9 +192,10 @@ class Core:
         seconds: float,
     ) -> None:
         """Make the new states findable and answer."""
-        for index, slot in enumerate(slots):
+        cached = [0] * len(slots) if reservation is None else reservation.cached.tolist()
+        for slot, tokens in zip(slots, cached, strict=True):
             for job in slot.jobs:
-                job.found(0 if reservation is None else int(reservation.cached[index]))
+                job.found(tokens)
         if self.tiers is not None and reservation is not None:
             self.tiers.release(reservation, slots, success=True)
             self._forget_again(slots)
@@ -202,40 +206,24 @@ class Core:
         metrics.observe("batch_seconds", seconds)
         scores = 0.5 * (1.0 + np.tanh(0.5 * logits))
         finite = bool(np.isfinite(logits).all())
-        for job, first, last in plan.scored:
-            self._answer(job, logits[first:last], scores[first:last], finite)
+        now = self._clock()
+        answers = [self._answer(job, logits[a:b], scores[a:b], finite, now) for job, a, b in plan.scored]
+        count_scored(metrics, [answer for answer in answers if answer is not None])
 
-    def _answer(self, job: Job, logits: npt.NDArray[np.float32], scores: npt.NDArray[np.float32], finite: bool) -> None:
+    def _answer(
+        self, job: Job, logits: npt.NDArray[np.float32], scores: npt.NDArray[np.float32], finite: bool, now: float
+    ) -> ScoreResult | None:
+        """Answer `job`; its scores when there are any and somebody still waits for them."""
         if not finite and not np.isfinite(logits).all():
             self.invalidate(job.user_id)
             job.fail(CorruptState(f"scores of user {job.user_id!r} are not finite; the user's states were dropped"))
             self._metrics.count("failed_total")
-            return
-        seconds = self._clock() - job.arrived
-        result = ScoreResult(
-            scores=scores,
-            logits=logits,
-            tasks=self.model.config.tasks,
-            position=job.sequence.position,
-            prefix_tokens=job.prefix,
-            gpu_tokens=job.found_gpu,
-            host_tokens=job.found_host,
-            encoded_tokens=job.prefix - job.found_gpu - job.found_host,
-            latency_s=seconds,
-        )
+            return None
+        result = make_result(job, logits, scores, self.model.config.tasks, now)
         if not job.resolve(result):
             self._metrics.count("cancelled_total")
-        elif len(logits):
-            self._count_scored(result)
-
-    def _count_scored(self, result: ScoreResult) -> None:
-        metrics = self._metrics
-        metrics.observe("request_seconds", result.latency_s)
-        metrics.count("candidates_total", len(result.scores))
-        metrics.count("requests_by_tier_total", 1, result.tier)
-        metrics.count("prefix_tokens_total", result.gpu_tokens, "gpu")
-        metrics.count("prefix_tokens_total", result.host_tokens, "host")
-        metrics.count("prefix_tokens_total", result.encoded_tokens, "encoded")
+            return None
+        return result if len(logits) else None
 
     def _fail(self, slots: Sequence[Slot], reservation: Reservation | None, error: Exception) -> None:
         """A crashed step fails its requests and leaks no page."""

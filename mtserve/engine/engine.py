@@ -21,7 +21,7 @@ from mtserve.errors import DeadlineExceeded, InvalidArgument, MtserveError, NotF
 from mtserve.history.memory import MemoryHistory
 from mtserve.history.store import HistoryStore, check_user_id
 from mtserve.metrics import Metrics
-from mtserve.model.cut import cut_history
+from mtserve.model.cut import Cut, cut_history
 from mtserve.model.ranking import RankingModel
 from mtserve.model.schema import FeatureSchema
 from mtserve.transfer.mover import Fault
@@ -93,9 +93,14 @@ class Engine:
             end = self.history.append(user_id, behaviours, position)
             pair = self._sequences.appended(user_id, behaviours, end)
         self.metrics.count("appended_behaviours_total", len(behaviours))
-        self._recut(user_id, end - len(behaviours), end)
-        if pair is not None and pair[0].root != pair[1].root:
-            self._encode(pair[1], replaces=pair[0])  # the new generation, before its first request
+        if pair is None:
+            config = self.model.config
+            self._recut(user_id, cut_history(end - len(behaviours), config), cut_history(end, config))
+            return end
+        before, after = pair
+        self._recut(user_id, before.cut, after.cut)
+        if before.root != after.root:
+            self._encode(after, replaces=before)  # the new generation, before its first request
         return end
 
     def truncate(self, user_id: str, position: int) -> int:
@@ -118,15 +123,14 @@ class Engine:
         check_user_id(user_id)
         return self._sequences.changing(user_id)
 
-    def _recut(self, user_id: str, before: int, after: int) -> None:
+    def _recut(self, user_id: str, old: Cut, new: Cut) -> None:
         """Count a new generation, and let the store drop what no later cut or correction will reach."""
-        config = self.model.config
-        old, new = cut_history(before, config), cut_history(after, config)
         if (old.start, old.static_end) == (new.start, new.static_end):
             return
         self.metrics.count("generations_total")
-        if new.start > old.start and new.start > config.max_history:
-            self.history.drop_before(user_id, new.start - config.max_history)
+        limit = self.model.config.max_history
+        if new.start > old.start and new.start > limit:
+            self.history.drop_before(user_id, new.start - limit)
 
     # Scores
 
@@ -155,9 +159,8 @@ class Engine:
         except MtserveError as error:
             self._count_refusal(error)
             raise
-        self.metrics.count("requests_total")
-        self.metrics.count("requests_in_flight")
-        job.future.add_done_callback(lambda _: self.metrics.count("requests_in_flight", -1))
+        self.metrics.count_many((("requests_total", 1, ""), ("requests_in_flight", 1, "")))
+        job.future.add_done_callback(self._answered)
         try:
             self._loop.post(lambda: self._admit(job))
         except Unavailable:  # closed meanwhile: the future, which nobody has, ends the count of what is in flight
@@ -220,6 +223,14 @@ class Engine:
 
     # From callers' threads to the loop's
 
+    def _answered(self, future: Future[ScoreResult]) -> None:
+        self.metrics.count("requests_in_flight", -1)
+        self._note_cancelled(future)
+
+    def _note_cancelled(self, future: Future[ScoreResult]) -> None:
+        if future.cancelled():
+            self._core.scheduler.cancelled()
+
     def _check_room(self) -> None:
         waiting = self._loop.waiting
         if waiting >= self.config.max_queue:
@@ -277,6 +288,7 @@ class Engine:
         nothing = np.empty(0, dtype=self.schema.candidate_dtype)
         job = make_job(sequence, nothing, Future(), self._clock(), None)
         job.replaces = replaces
+        job.future.add_done_callback(self._note_cancelled)
         self._loop.post(lambda: self._admit(job))
         return job.future
 

@@ -1,9 +1,8 @@
-"""The runner for CUDA: one captured graph a bucket of rows, one copy of metadata a batch."""
+"""The runner for CUDA: the whole forward as one captured graph a bucket of rows, one copy to the device a batch."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtserve.engine.metadata import Metadata, bucket_rows
-from mtserve.engine.planner import BatchPlan
+from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize
+from mtserve.engine.heads import TaskHeads
+from mtserve.engine.metadata import Capacity, Metadata, bucket_rows
 from mtserve.engine.stack import Stack
-from mtserve.engine.staging import Staging
-from mtserve.kernels.plan import HostPlan
+from mtserve.engine.tokens import TokenEmbedding
 from mtserve.model.ranking import RankingModel
-from mtserve.model.tokeniser import Array
 
 # Graphs kept at once; the least recently used goes first. A graph of 8 layers takes a few hundred KiB.
 MAX_GRAPHS = 256
@@ -41,8 +39,8 @@ class Launched:
     def result(self) -> npt.NDArray[np.float32]:
         """float32 [candidates of the batch, tasks] logits; waits for them."""
         self.done.synchronize()
-        result: npt.NDArray[np.float32] = self.logits.numpy()
-        return result
+        # The pinned buffer is another batch's after the next.
+        return self.logits.numpy().copy()
 
 
 class GraphRunner:
@@ -52,67 +50,55 @@ class GraphRunner:
 
     def __init__(
         self, model: RankingModel, pool: torch.Tensor | None, page_tokens: int, *, rows: int, slots: int, width: int,
-        capture: bool = True,
+        capture: bool = True, deterministic: bool = False,
     ) -> None:  # fmt: skip
-        self._model = model
-        self._capture = capture
-        rows = bucket_rows(rows)
+        self._model, self._capture = model, capture
+        capacity = Capacity.of(model.schema, rows, slots, width)
+        tasks = len(model.config.tasks)
         with torch.inference_mode():
-            self._stack = Stack(model, pool, page_tokens, rows)
-            self._metadata = Metadata(rows, slots, width, model.device)
-        self._staging = Staging(model.device)
+            self._embedding = TokenEmbedding(model, capacity.rows)
+            self._stack = Stack(model, pool, page_tokens, capacity.rows, deterministic=deterministic)
+            self._heads = TaskHeads(model)
+            self._metadata = Metadata(capacity, model.device)
+            self._logits = torch.zeros(capacity.rows, tasks, dtype=torch.float32, device=model.device)
+            self._pinned = [torch.zeros(capacity.rows, tasks, pin_memory=True) for _ in range(2)]
         self._graphs: OrderedDict[GraphKey, torch.cuda.CUDAGraph] = OrderedDict()
         self.padded_rows = 0  # rows computed for nothing, of all
         self.rows = 0
 
-    @property
-    def x(self) -> torch.Tensor:
-        """[capacity, d] rows: tokens before `launch`, outputs (without `final_offset`) after it."""
-        return self._stack.buffers.x
-
-    @property
-    def final_offset(self) -> torch.Tensor:
-        """fp32 [d]: what to add to a row of `x` after `launch`."""
-        return self._stack.final_offset
+    def room(self, size: BatchSize) -> BatchArrays:
+        """Where the next batch is to be laid out; the batch under way keeps its own."""
+        return self._metadata.room(bucket_rows(size.rows))
 
     @torch.inference_mode()
     def start(self, plan: BatchPlan) -> Launched:
-        """Launch a batch; nothing here waits for the device. At most one other batch may be under way."""
-        layout = plan.layout
-        uploaded: list[torch.Tensor] = []
-
-        def upload(arrays: Sequence[Array]) -> list[torch.Tensor]:
-            uploaded.extend(self._staging.upload([*arrays, layout.candidate_rows]))
-            return uploaded[:-1]
-
-        self.x[: layout.rows] = self._model.embed(plan.inputs, upload)
-        self.launch(self.stage(layout))
-        rows = self.x.index_select(0, uploaded[-1]).float() + self.final_offset
-        logits = self._model.logits(rows.to(self._model.dtype))
-        pinned = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
-        pinned.copy_(logits, non_blocking=True)
+        """Launch the batch laid out in `room`; nothing here waits for the device. At most one other may be under way."""
+        self.launch(self.stage(plan))
+        self._pinned.reverse()
+        logits = self._pinned[0][: plan.candidates]
+        logits.copy_(self._logits[: plan.candidates], non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return Launched(pinned, done)
+        return Launched(logits, done)
 
-    def stage(self, layout: HostPlan) -> GraphKey:
-        """Plan the attention's work and start the metadata's copy; the graph that the batch needs."""
-        config, bucket = self._model.config, bucket_rows(layout.rows)
-        shape = {"heads": config.heads, "head_dim": config.head_dim, "sms": self._stack.sms}
-        self._metadata.turn()
-        work = self._metadata.fill(layout, bucket, **shape)
+    def stage(self, plan: BatchPlan) -> GraphKey:
+        """Plan the attention's work and start the copy to the device; the graph that the batch needs."""
+        bucket = bucket_rows(plan.rows)
+        options = self._stack.work_options
+        work = self._metadata.plan_attention(bucket, plan, **options)
         if work.max_splits > self._stack.max_splits(bucket):
-            work = self._metadata.fill(layout, bucket, **shape, pieces=1)
-        self._metadata.upload(bucket)
+            work = self._metadata.plan_attention(bucket, plan, **options, pieces=1)
+        self._metadata.upload(bucket, plan.raw_bytes)
         self.rows += bucket
-        self.padded_rows += bucket - layout.rows
-        return GraphKey(bucket, work.tile_rows, work.max_splits <= 1)
+        self.padded_rows += bucket - plan.rows
+        direct = work.max_splits <= 1 and not options["deterministic"]  # a rounded sum is another than an unrounded one
+        return GraphKey(bucket, work.tile_rows, direct)
 
     @torch.inference_mode()
     def launch(self, key: GraphKey) -> None:
-        """All layers over the staged batch, on the current stream."""
+        """The forward over the staged batch, on the current stream."""
         if not self._capture:
-            self._stack.run(key.rows, self._metadata, key.tile_rows, direct=key.direct)
+            self._run(key)
             return
         graph = self._graphs.get(key)
         if graph is None:
@@ -120,16 +106,25 @@ class GraphRunner:
         self._graphs.move_to_end(key)
         graph.replay()
 
+    def _run(self, key: GraphKey) -> None:
+        bucket, metadata, x = key.rows, self._metadata, self._stack.buffers.x[: key.rows]
+        names = ("tiles", "row", "source", "position", "bucket", "raw")
+        tokens = {name: metadata.on_device(bucket, name) for name in names}
+        self._embedding.run(**tokens, x=x)
+        self._stack.run(bucket, metadata, key.tile_rows, direct=key.direct)
+        row, counts = metadata.on_device(bucket, "row"), metadata.on_device(bucket, "counts")[2:]
+        self._heads.run(x, self._stack.final_offset, row, counts, self._logits[:bucket])
+
     def _record(self, key: GraphKey) -> torch.cuda.CUDAGraph:
-        """Capture on demand. A first run outside compiles and loads what is lazy; x is put back after it."""
-        x = self._stack.buffers.x[: key.rows]
-        kept = x.clone()
-        self._stack.run(key.rows, self._metadata, key.tile_rows, direct=key.direct)
+        """Capture on demand, after a run outside that compiles and loads what is lazy.
+
+        That run does the batch's work, which the graph then does again: tokens, states and logits are written anew.
+        """
+        self._run(key)
         torch.cuda.synchronize(self._model.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._stack.run(key.rows, self._metadata, key.tile_rows, direct=key.direct)
-        x.copy_(kept)
+            self._run(key)
         self._graphs[key] = graph
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)

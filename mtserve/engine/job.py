@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from mtserve.engine.sequence import UserSequence
 from mtserve.model.mask import candidate_limits
+from mtserve.model.tokeniser import gap_buckets
 from mtserve.types import Rows, ScoreResult
 
 
@@ -17,15 +18,16 @@ from mtserve.types import Rows, ScoreResult
 class Job:
     """A request with all that scoring it needs; without candidates it only brings states onto the device.
 
+    `limits`: prefix tokens that each candidate sees. `recency`: its exposure minus the last visible behaviour's time.
     `found_gpu`, `found_host`: prefix tokens found in each tier, fixed when its first tokens are encoded.
     `loads`: onloads started for it; `loaded_from`: device tokens there before the first, -1 for none that succeeded.
     `replaces`: the generation that this one ended; without states of that, encoding is not worth it.
     """
 
     sequence: UserSequence
-    candidates: Rows  # exposure times resolved
+    candidates: Rows  # exposure times resolved, C-contiguous
     limits: npt.NDArray[np.int32]
-    recency_ms: npt.NDArray[np.int64]
+    recency: npt.NDArray[np.int32]  # buckets
     future: Future[ScoreResult]
     arrived: float
     deadline: float | None = None
@@ -73,15 +75,16 @@ def make_job(
     sequence: UserSequence, candidates: Rows, future: Future[ScoreResult], now: float, deadline: float | None
 ) -> Job:
     """A job whose unset exposure times (-1) become "now", after every behaviour known."""
-    times = sequence.kept["time_ms"]
-    last = int(times[-1]) if len(times) else -1
-    if (candidates["time_ms"] < 0).any():
+    candidates = np.ascontiguousarray(candidates)
+    times, exposure = sequence.kept["time_ms"], candidates["time_ms"]
+    unset = exposure < 0
+    if unset.any():
+        last = int(times[-1]) if len(times) else -1
         candidates = candidates.copy()
-        candidates["time_ms"][candidates["time_ms"] < 0] = max(int(now * 1000), last + 1)
+        candidates["time_ms"][unset] = max(int(now * 1000), last + 1)
+        exposure = candidates["time_ms"]
     groups = sequence.groups
-    limits = candidate_limits(groups, times[groups.static :], candidates["time_ms"])
+    limits = candidate_limits(groups, times[groups.static :], exposure)
     seen = limits - groups.user  # visible behaviours; the last of them dates the candidate's recency
-    recency = np.zeros(len(candidates), dtype=np.int64)
-    some = seen > 0
-    recency[some] = candidates["time_ms"][some] - times[seen[some] - 1]
-    return Job(sequence, candidates, limits, recency, future, now, deadline)
+    recency = np.where(seen > 0, exposure - times[seen - 1], 0) if len(times) else np.zeros(len(candidates), np.int64)
+    return Job(sequence, candidates, limits, gap_buckets(recency), future, now, deadline)

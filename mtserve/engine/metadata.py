@@ -1,22 +1,26 @@
-"""The int32 metadata of one batch in one pinned buffer, so that one copy brings it to the device.
+"""All that one batch brings to the device, in one pinned buffer, so that one copy takes it there.
 
 A bucket is how many rows the captured graph works on; its sections lie at fixed places, and what a
-batch does not fill says "nothing here": limit 0, no target, no splits.
+batch does not fill says "nothing here": limit 0, no target, no splits, tiles of no kind.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from mtserve.engine.batch import BatchArrays, BatchPlan, tile_capacity
 from mtserve.kernels.attention.work import ITEM_WORDS, AttentionWork, WorkPlan, plan_work, work_capacity
-from mtserve.kernels.plan import HostPlan
+from mtserve.model.schema import FeatureSchema
 
 SMALLEST_BUCKET = 64
 STEPS_AN_OCTAVE = 8
+ALIGNMENT = 4  # words: sections begin at multiples of 16 bytes
+RAW_SECTIONS = 3  # of feature rows: users, behaviours, candidates
 
 
 def bucket_rows(rows: int) -> int:
@@ -26,6 +30,24 @@ def bucket_rows(rows: int) -> int:
     else:
         step = 1 << ((rows - 1).bit_length() - STEPS_AN_OCTAVE.bit_length())
     return max(SMALLEST_BUCKET, -(-rows // step) * step)
+
+
+class Capacity(NamedTuple):
+    """The largest batch: `rows`, `slots`, pages of a slot; `kinds` of tokens; bytes of a feature row of each."""
+
+    rows: int
+    slots: int
+    width: int
+    kinds: int
+    user_bytes: int
+    row_bytes: int
+
+    @classmethod
+    def of(cls, schema: FeatureSchema, rows: int, slots: int, width: int) -> Capacity:
+        """Of batches of `schema`'s features; `rows` is rounded up to a bucket."""
+        row_bytes = max(schema.behaviour_dtype.itemsize, schema.candidate_dtype.itemsize)
+        kinds = len(schema.user) + 2
+        return cls(bucket_rows(rows), slots, max(1, width), kinds, schema.user_dtype.itemsize, row_bytes)
 
 
 @dataclass(frozen=True)
@@ -41,19 +63,21 @@ class Section:
 
 
 class Metadata:
-    """Pinned buffers and their device twin, for batches of up to `rows` rows in `slots` slots of `width` pages.
+    """Pinned buffers and their device twin.
 
-    There are two pinned buffers, in turn: the copy out of one has ended when `fill` comes to it again, because
+    There are two pinned buffers, in turn: the copy out of one has ended when its turn comes again, because
     the loop answers a batch before it plans the one after the next. The device has one: copies and graphs that
     read it follow each other on one stream.
     """
 
-    def __init__(self, rows: int, slots: int, width: int, device: torch.device) -> None:
-        self._slots, self._width = slots, max(1, width)
+    def __init__(self, capacity: Capacity, device: torch.device) -> None:
+        self.capacity = capacity
         self._known: dict[int, dict[str, Section]] = {}  # sections of the buckets seen, of which there are few
-        words = max(section.last for section in self._sections(bucket_rows(rows)).values())
+        words = self._sections(capacity.rows)["raw"].last
         self._pinned = [torch.zeros(words, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(words, dtype=torch.int32, device=device)
+        self._views: list[dict[int, dict[str, npt.NDArray[np.int32]]]] = [{}, {}]
+        self._turn = 0
 
     def _sections(self, rows: int) -> dict[str, Section]:
         if rows not in self._known:
@@ -61,46 +85,46 @@ class Metadata:
         return self._known[rows]
 
     def _lay_out(self, rows: int) -> dict[str, Section]:
+        size = self.capacity
+        raw_bytes = size.slots * size.user_bytes + rows * size.row_bytes + RAW_SECTIONS * 4 * ALIGNMENT
         shapes = {
-            "count": (4,),
-            "slots": (self._slots, 4),
-            "page_table": (self._slots, self._width),
-            "limit": (rows,),
-            "group": (rows,),
-            "target": (rows,),
-            "splits": (rows,),
-            "work": (work_capacity(rows, self._slots), ITEM_WORDS),
+            "counts": (4,),
+            "slots": (size.slots, 4),
+            "page_table": (size.slots, size.width),
+            **dict.fromkeys(("limit", "group", "target", "splits", "row", "source", "position", "bucket"), (rows,)),
+            "tiles": (tile_capacity(rows, size.kinds), 4),
+            "work": (work_capacity(rows, size.slots), ITEM_WORDS),
+            "raw": (-(-raw_bytes // 4),),  # last: a batch's copy ends where its feature rows do
         }
         sections, first = {}, 0
         for name, shape in shapes.items():
             sections[name] = Section(first, shape)
-            first = -(-sections[name].last // 4) * 4
+            first = -(-sections[name].last // ALIGNMENT) * ALIGNMENT
         return sections
 
-    def turn(self) -> None:
-        """Start a new batch: take the other pinned buffer."""
-        self._pinned.reverse()
+    def room(self, bucket: int) -> BatchArrays:
+        """Where the next batch is to be laid out: the other pinned buffer, as a batch of `bucket` rows."""
+        self._turn ^= 1
+        host = self._host(bucket)
+        names = ("slots", "page_table", "limit", "group", "target", "tiles", "row", "source", "position", "bucket")
+        return BatchArrays(**{name: host[name] for name in names}, raw=host["raw"].view(np.uint8))
 
-    def fill(self, plan: HostPlan, bucket: int, *, heads: int, head_dim: int, sms: int, pieces: int = 0) -> WorkPlan:
-        """Write `plan` into the pinned buffer as a batch of `bucket` rows, its attention work included."""
-        host = {name: self._view(section) for name, section in self._sections(bucket).items()}
-        slots, rows = len(plan.slots), plan.rows
-        host["slots"][:slots] = plan.slots
-        host["page_table"][:slots, : plan.page_table.shape[1]] = plan.page_table
-        for name, nothing in (("limit", 0), ("group", 0), ("target", -1)):
-            host[name][:rows] = getattr(plan, name)
-            host[name][rows:] = nothing
+    def plan_attention(
+        self, bucket: int, plan: BatchPlan, *, heads: int, head_dim: int, sms: int, deterministic: bool, pieces: int = 0
+    ) -> WorkPlan:
+        """Plan the attention's work of the batch that was laid out in `room`."""
+        host = self._host(bucket)
         work = plan_work(
-            host["slots"][:slots], host["limit"][:rows], heads=heads, head_dim=head_dim, sms=sms, deterministic=False,
-            out_work=host["work"], out_splits=host["splits"], pieces=pieces,
+            host["slots"][: plan.slots], host["limit"][: plan.rows], heads=heads, head_dim=head_dim, sms=sms,
+            deterministic=deterministic, out_work=host["work"], out_splits=host["splits"], pieces=pieces,
         )  # fmt: skip
-        host["count"][0] = work.items
+        host["counts"][:] = work.items, 0, plan.first_candidate, plan.candidates
         return work
 
-    def upload(self, bucket: int) -> None:
+    def upload(self, bucket: int, raw_bytes: int) -> None:
         """Start the one copy to the device, on the current stream."""
-        words = self._sections(bucket)["work"].last
-        self._device[:words].copy_(self._pinned[0][:words], non_blocking=True)
+        words = self._sections(bucket)["raw"].first + -(-raw_bytes // 4)
+        self._device[:words].copy_(self._pinned[self._turn][:words], non_blocking=True)
 
     def on_device(self, bucket: int, name: str) -> torch.Tensor:
         """The device's view of one section of a bucket."""
@@ -111,8 +135,14 @@ class Metadata:
         """The attention's view of a bucket."""
         names = ("slots", "page_table", "limit", "work", "splits")
         views = {name: self.on_device(bucket, name) for name in names}
-        return AttentionWork(**views, count=self.on_device(bucket, "count")[:1], tile_rows=tile_rows)
+        return AttentionWork(**views, count=self.on_device(bucket, "counts")[:1], tile_rows=tile_rows)
 
-    def _view(self, section: Section) -> npt.NDArray[np.int32]:
-        view: npt.NDArray[np.int32] = self._pinned[0][section.first : section.last].view(section.shape).numpy()
-        return view
+    def _host(self, bucket: int) -> dict[str, npt.NDArray[np.int32]]:
+        views = self._views[self._turn]
+        if bucket not in views:
+            buffer = self._pinned[self._turn]
+            views[bucket] = {
+                name: buffer[section.first : section.last].view(section.shape).numpy()
+                for name, section in self._sections(bucket).items()
+            }
+        return views[bucket]

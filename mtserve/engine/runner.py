@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtserve.engine.planner import BatchPlan
+from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize
 from mtserve.kernels.backend import Kernels
 from mtserve.kernels.plan import KernelPlan
 from mtserve.model.ranking import RankingModel
@@ -27,6 +27,10 @@ class BatchRunner(Protocol):
     """What the loop needs of a runner. `overlaps`: whether `start` returns before the batch is done."""
 
     overlaps: bool
+
+    def room(self, size: BatchSize) -> BatchArrays:
+        """Where the next batch to start is laid out. Called once a batch; at most one other is under way."""
+        ...
 
     def start(self, plan: BatchPlan) -> Pending:
         """Launch a batch; at most one other is under way."""
@@ -53,11 +57,15 @@ class Runner:
         self._kernels = kernels
         self._pool = pool
 
+    def room(self, size: BatchSize) -> BatchArrays:
+        """Fresh arrays, no larger than they need to be."""
+        return BatchArrays.empty(size)
+
     @torch.inference_mode()
     def start(self, plan: BatchPlan) -> Done:
         """Run a batch to its end."""
         kernel = KernelPlan.of(plan.layout, self._model.device)
-        rows = self._model.embed(plan.inputs)
+        rows = self._model.embed(plan.inputs(self._model.schema))
         rows = self._model.encode(rows, self._pool, kernel, self._kernels)
         logits = self._model.logits(rows.index_select(0, kernel.candidate_rows))
         if self._model.device.type == "cuda":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from mtserve.config import EngineConfig
 from mtserve.engine.job import Job
@@ -16,7 +17,7 @@ from mtserve.metrics import Metrics
 PATIENCE = 4
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Slot:
     """One user in a batch: tokens [cached, encode_to) are encoded once for all of the user's jobs.
 
@@ -34,7 +35,7 @@ class Slot:
 
     @property
     def partial(self) -> bool:
-        return self.encode_to < self.sequence.groups.prefix
+        return self.encode_to < len(self.sequence.chain)
 
     @property
     def delta(self) -> int:
@@ -48,8 +49,12 @@ class Scheduler:
         self._config = config
         self._metrics = metrics
         self._static_attention = static_attention
-        self._scores: deque[Job] = deque()
-        self._encodes: deque[Job] = deque()  # prefetches: behind every score
+        # In order of arrival, and cheap to take from anywhere.
+        self._scores: dict[Job, None] = {}
+        self._encodes: dict[Job, None] = {}  # prefetches: behind every score
+        self._cancelled = False
+        # No queued job's deadline is earlier, and none with a deadline has more candidates.
+        self._first_deadline, self._most_candidates = math.inf, 0
 
     @property
     def scores(self) -> int:
@@ -66,17 +71,23 @@ class Scheduler:
             raise ResourceExhausted(
                 f"{len(queue)} requests are waiting, max_queue is {self._config.max_queue}", field="queue"
             )
-        queue.append(job)
+        queue[job] = None
+        if job.deadline is not None:
+            self._bound(job.deadline, len(job.candidates))
+        if job.future.cancelled():  # before it came here: `drop_hopeless` may have looked for it already
+            self._cancelled = True
+
+    def cancelled(self) -> None:
+        """Tell that a queued job's future may have been cancelled; from any thread."""
+        self._cancelled = True
 
     def jobs(self) -> Iterator[Job]:
         """Every queued job in the order in which it will be considered."""
-        yield from self._scores
-        yield from self._encodes
+        return chain(self._scores, self._encodes)
 
     def head(self) -> list[Job]:
         """The jobs near enough to their batch that their onload should start."""
-        window = 2 * self._config.max_batch_requests
-        return [job for _, job in zip(range(window), self.jobs(), strict=False)]
+        return list(islice(self.jobs(), 2 * self._config.max_batch_requests))
 
     def clear(self) -> list[Job]:
         """Take out every job."""
@@ -85,16 +96,29 @@ class Scheduler:
         self._encodes.clear()
         return jobs
 
-    def remove(self, jobs: list[Job]) -> None:
+    def remove(self, jobs: Iterable[Job]) -> None:
         """Take out `jobs`, as far as they are queued."""
-        self._remove({id(job) for job in jobs})
+        for job in jobs:
+            self._scores.pop(job, None)
+            self._encodes.pop(job, None)
 
     def drop_hopeless(self, now: float, token_s: float) -> None:
         """Take out what is cancelled or cannot meet its deadline, before it costs anything.
 
         `token_s`: seconds a token of the best recent batch; a request takes that for its candidates at least.
         """
+        if not self._cancelled and self._first_deadline > now + token_s * self._most_candidates:
+            return
+        self._cancelled = False  # before the walk: who is cancelled during it is found in the next one
         self.remove([job for job in self.jobs() if self._hopeless(job, now, token_s * len(job.candidates))])
+        self._first_deadline, self._most_candidates = math.inf, 0
+        for job in self.jobs():
+            if job.deadline is not None:
+                self._bound(job.deadline, len(job.candidates))
+
+    def _bound(self, deadline: float, candidates: int) -> None:
+        self._first_deadline = min(self._first_deadline, deadline)
+        self._most_candidates = max(self._most_candidates, candidates)
 
     def _hopeless(self, job: Job, now: float, needed_s: float) -> bool:
         if job.future.cancelled():
@@ -126,7 +150,7 @@ class Scheduler:
             if tokens is not None:
                 batch.offer(job, min(tokens, job.prefix))
         slots = batch.close()
-        self._remove({id(job) for slot in slots if not slot.partial for job in slot.jobs})
+        self.remove(job for slot in slots if not slot.partial for job in slot.jobs)
         return slots
 
     def _overdue(self, cached: Callable[[Job], int | None]) -> Job | None:
@@ -135,12 +159,6 @@ class Scheduler:
             if job.passed_over >= PATIENCE and cached(job) is not None:
                 return job
         return None
-
-    def _remove(self, taken: set[int]) -> None:
-        for queue in (self._scores, self._encodes) if taken else ():
-            kept = [job for job in queue if id(job) not in taken]
-            queue.clear()
-            queue.extend(kept)
 
 
 class _Batch:
@@ -161,20 +179,24 @@ class _Batch:
 
     def offer(self, job: Job, cached: int) -> None:
         """Take `job` in as far as the budgets and the user's other jobs in the batch allow."""
-        if job.user_id in self._slots:
-            self._join(self._slots[job.user_id], job)
+        slot = self._slots.get(job.user_id)
+        if slot is not None:
+            self._join(slot, job)
             return
-        cold = job.prefix - cached > self._config.cold_after
+        slot = Slot(job.sequence, cached, len(job.sequence.chain), [job])
+        cost = slot.encode_to - cached
+        cold = cost > self._config.cold_after
         budget = min(self._tokens, self._cold_tokens) if cold else self._tokens
-        slot = Slot(job.sequence, cached, job.prefix, [job])
-        if slot.delta + len(job.candidates) > budget:
+        cost += len(job.candidates)
+        if cost > budget:
             part = self._split(slot, budget) if cold else None
             if part is None:
                 self._too_large.append(slot)
                 return
             slot.encode_to = part
+            cost = part - cached
         self._slots[job.user_id] = slot
-        self._spend(slot.delta + (0 if slot.partial else len(job.candidates)), cold)
+        self._spend(cost, cold)
 
     def close(self) -> list[Slot]:
         """The batch. A job that fits no budget runs by itself, but only when nothing else would run."""

@@ -40,13 +40,19 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def resolve_kernels(name: str, model: ModelConfig, device: torch.device, dtype: torch.dtype, page_tokens: int) -> str:
-    """The kernels meant by `name`. "auto" is "cuda" exactly where those can run, else "eager"."""
-    if name != "auto":
-        return name
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    fits = dtype != torch.float32 and model.head_dim in (32, 64, 128, 256) and page_tokens == 64 and model.d % 8 == 0
-    return "cuda" if hopper and fits else "eager"
+def resolve_kernels(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """The kernels meant by `kernels`. "auto" is "cuda" exactly where those can run, else "eager".
+
+    Raises InvalidArgument when `deterministic` is asked of others: a library rounds as it likes.
+    """
+    name = config.kernels
+    if name == "auto":
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+        fits = model.head_dim in (32, 64, 128, 256) and config.page_tokens == 64 and model.d % 8 == 0
+        name = "cuda" if hopper and fits and dtype != torch.float32 else "eager"
+    if config.deterministic and name != "cuda":
+        raise InvalidArgument(f"needs the cuda kernels, not {name!r}", field="deterministic")
+    return name
 
 
 def page_shape(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> PageShape:

@@ -1,8 +1,9 @@
-"""The layers of one model with the kernels of the GPU: five or six launches a layer, static buffers, no allocation."""
+"""The layers of one model with the kernels of the GPU: five launches a layer, static buffers, no allocation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
@@ -12,7 +13,8 @@ from mtserve.kernels.attention.cuda import AttentionKernel
 from mtserve.kernels.attention.work import AttentionWork
 from mtserve.kernels.group_layer_norm.triton import group_layer_norm
 from mtserve.kernels.norm_gate.triton import norm_gate
-from mtserve.kernels.projection_silu.triton import fusable, project, silu_pages
+from mtserve.kernels.projection_silu.cuda import ProjectionKernel
+from mtserve.kernels.residual_product.cuda import ResidualKernel
 from mtserve.model.hstu import HSTULayer
 from mtserve.model.ranking import RankingModel
 
@@ -32,23 +34,44 @@ class Buffers:
     partial: torch.Tensor
 
 
-class Stack:
-    """Runs all layers over the first `bucket` rows of `buffers.x`, in place. Capturable as one CUDA graph."""
+class WorkOptions(TypedDict):
+    """What the attention's planner is to know of the model and the device."""
 
-    def __init__(self, model: RankingModel, pool: torch.Tensor | None, page_tokens: int, rows: int) -> None:
+    heads: int
+    head_dim: int
+    sms: int
+    deterministic: bool
+
+
+class Stack:
+    """Runs all layers over the first `bucket` rows of `buffers.x`, in place. Capturable as one CUDA graph.
+
+    `deterministic`: a row's result has the same bits in every batch. All but the attention always has that.
+    """
+
+    def __init__(
+        self,
+        model: RankingModel,
+        pool: torch.Tensor | None,
+        page_tokens: int,
+        rows: int,
+        *,
+        deterministic: bool = False,
+    ) -> None:
         config, device, dtype = model.config, model.device, model.dtype
         if config.d % 8:
             raise InvalidArgument(f"{config.d} is not a multiple of 8, as the matrix units want it", field="d")
         self._config = config
-        self._pool = pool
         self._layers = [layer for layer in model.layers if isinstance(layer, HSTULayer)]
+        width = config.heads * config.head_dim
+        self._projection = ProjectionKernel(config.d, width, dtype, page_tokens, config.layers, pool, device)
         self._attention = AttentionKernel(
-            config.heads, config.head_dim, dtype, page_tokens, config.layers, pool, device
+            config.heads, config.head_dim, dtype, page_tokens, config.layers, pool, device, deterministic=deterministic
         )
+        self._residual = ResidualKernel(width, config.d, dtype, device)
         # x leaves out the output biases: each reader adds the sum of those so far, and saves a pass over x a layer.
         biases = torch.stack([layer.output_bias.float() for layer in self._layers])
         self._offsets = torch.cat((torch.zeros_like(biases[:1]), biases.cumsum(0))).contiguous()
-        width = config.heads * config.head_dim
 
         def zeros(columns: int) -> torch.Tensor:
             return torch.zeros(rows, columns, dtype=dtype, device=device)
@@ -63,8 +86,15 @@ class Stack:
         )
 
     @property
-    def sms(self) -> int:
-        return self._attention.sms
+    def work_options(self) -> WorkOptions:
+        """How to plan this stack's attention."""
+        config, attention = self._config, self._attention
+        return {
+            "heads": config.heads,
+            "head_dim": config.head_dim,
+            "sms": attention.sms,
+            "deterministic": attention.deterministic,
+        }
 
     @property
     def final_offset(self) -> torch.Tensor:
@@ -76,7 +106,7 @@ class Stack:
         return min(16, len(self.buffers.partial) // (bucket * self._config.heads * self._config.head_dim))
 
     def run(self, bucket: int, metadata: Metadata, tile_rows: int, *, direct: bool) -> None:
-        """All layers on the current stream; `direct`: every row has one split."""
+        """All layers on the current stream; `direct`: the attention's output needs no sum."""
         work = metadata.work(bucket, tile_rows)
         group, target = metadata.on_device(bucket, "group"), metadata.on_device(bucket, "target")
         for index in range(len(self._layers)):
@@ -93,15 +123,11 @@ class Stack:
             splits = self.max_splits(rows)
             attended = buffers.partial[: splits * rows * width].view(splits, rows, width)
         group_layer_norm(x, layer.norm_weight, layer.norm_bias, group, self._offsets[index], normalised)
-        if fusable(rows, width):
-            project(normalised, layer.uvqk_weight, layer.uvqk_bias, target, mixed, self._pool, index)
-        else:
-            torch.mm(normalised, layer.uvqk_weight, out=mixed)
-            silu_pages(mixed, layer.uvqk_bias, target, self._pool, index)
+        self._projection.run(normalised, layer.uvqk_weight, layer.uvqk_bias, target, mixed, index)
         self._attention.run(
             mixed.view(rows, 4, config.heads, config.head_dim), index, work, attended, config.attention_length
         )
         norm_gate(
             attended, mixed[:, :width], layer.gate_weight, layer.gate_bias, group, config.gate_first, work.splits, gated
         )
-        x.addmm_(gated, layer.output_weight)
+        self._residual.run(x, gated, layer.output_weight)

@@ -6,6 +6,7 @@ copy's when the mover reports it finished. Whatever lies between is found by nob
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtserve.cache.index import IndexStats, TieredIndex
+from mtserve.cache.index import IndexStats, Presence, TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine.job import Job
 from mtserve.engine.scheduler import Slot
@@ -60,17 +61,29 @@ class Tiers:
         self._failed_loads: set[str] = set()
         self._reserved_pages = 0  # of the batch under way
         self._window: dict[str, None] = {}  # users whose turn is near enough to load them
+        # What the index says of the first waiting jobs: from `onload` to the batch that follows, or to a load's begin or end.
+        self._surveyed: dict[Job, Presence] = {}
         self._page_tokens = config.page_tokens
+        self._evicted_pages = {"gpu": 0, "host": 0}  # already counted
+        stats = self.count()
+        metrics.set("pages_capacity", stats.gpu.total, "gpu")
+        metrics.set("pages_capacity", stats.host.total, "host")
+        self._has_host = stats.host.total > 0
 
     def cached(self, job: Job) -> int | None:
         """Prefix tokens of `job` on the device; None while it should wait for room, or for its states to come."""
-        busy = self.index.is_busy(job.user_id)
-        if job.user_id not in self._window or busy.loading or busy.in_batch:
+        if job.user_id not in self._window:
             return None
-        match = self.index.lookup(job.user_id, job.sequence.chain)
-        if match.host_tokens > match.gpu_tokens and job.loads < MAX_LOADS:
+        present = self._presence(job)
+        if present.loading or present.in_batch:
             return None
-        return match.gpu_tokens
+        if present.host_tokens > present.gpu_tokens and job.loads < MAX_LOADS:
+            return None
+        return present.gpu_tokens
+
+    def _presence(self, job: Job) -> Presence:
+        known = self._surveyed.get(job)
+        return known if known is not None else self.index.survey([job.user_id], [job.sequence.chain])[0]
 
     def onload(self, jobs: Sequence[Job]) -> None:
         """Start bringing what the host holds of these jobs' prefixes and the device does not.
@@ -79,36 +92,39 @@ class Tiers:
         evict one another.
         """
         self._open_window(jobs)
-        for job in jobs:
-            if job.user_id not in self._window or job.future.cancelled():
-                continue
-            if job.user_id in self._failed_loads:
+        near = [job for job in jobs if job.user_id in self._window]
+        found = self.index.survey([job.user_id for job in near], [job.sequence.chain for job in near])
+        self._surveyed = dict(zip(near, found, strict=True))
+        for job in near:
+            if self._failed_loads and job.user_id in self._failed_loads:
                 job.loads, job.loaded_from = MAX_LOADS, -1  # the copy failed: encode instead
-            if job.loads >= MAX_LOADS:
-                continue
-            busy = self.index.is_busy(job.user_id)
-            if busy.in_batch:
-                continue  # what that batch brings is not known yet
-            if busy.loading:
-                self._share_load(job)
-                continue
-            match = self.index.lookup(job.user_id, job.sequence.chain)
-            if match.host_tokens > match.gpu_tokens:
-                self._begin_load(job, match.gpu_tokens)
+            present = self._presence(job)
+            if present.loading or present.host_tokens > present.gpu_tokens:
+                self._bring(job, present)
         self._failed_loads.clear()
+
+    def _bring(self, job: Job, present: Presence) -> None:
+        if present.in_batch:
+            return  # what that batch brings is not known yet
+        if job.loads >= MAX_LOADS or job.future.cancelled():
+            return
+        if present.loading:
+            self._share_load(job, present.gpu_tokens)
+        else:
+            self._begin_load(job, present.gpu_tokens)
 
     def _open_window(self, jobs: Sequence[Job]) -> None:
         window: dict[str, None] = {}
         room = len(self.mover.pool) - self._reserved_pages
         for job in jobs:
-            if job.user_id in window:
+            user_id = job.user_id
+            if user_id in window:
                 continue
-            room -= -(-job.prefix // self._page_tokens)
+            room -= -(-len(job.sequence.chain) // self._page_tokens)
             if room < 0 and (window or self._reserved_pages):
                 break
-            window[job.user_id] = None
-            if job.user_id not in self._window:
-                self.index.touch(job.user_id)
+            window[user_id] = None
+        self.index.touch([user_id for user_id in window if user_id not in self._window])
         self._window = window
 
     def _begin_load(self, job: Job, gpu_tokens: int) -> None:
@@ -117,6 +133,7 @@ class Tiers:
             if not self._loading and not self._storing:
                 job.loads = MAX_LOADS  # no copy will end and make room: encode
             return
+        self._surveyed.clear()  # the load may have evicted others
         self._poison_freed()
         job.loads += 1
         job.loaded_from = gpu_tokens if job.loaded_from < 0 else min(job.loaded_from, gpu_tokens)
@@ -124,40 +141,52 @@ class Tiers:
         self._metrics.count("loads_in_flight")
         self.mover.submit(LOAD, load.ticket, load.gpu_pages, load.host_pages)
 
-    def _share_load(self, job: Job) -> None:
+    def _share_load(self, job: Job, gpu_tokens: int) -> None:
         """A second request of a user whose load is under way waits for the same one."""
         if job.loads == 0:
-            job.loads = 1
-            job.loaded_from = self.index.lookup(job.user_id, job.sequence.chain).gpu_tokens
+            job.loads, job.loaded_from = 1, gpu_tokens
 
     def finish(self) -> int:
         """Publish the copies that have ended, the failed ones not; returns how many ended."""
         finished = self.mover.poll()
+        if not finished:
+            return 0
+        self._surveyed.clear()
+        ended, failed, moved = Counter[str](), Counter[str](), Counter[str]()
         for copy in finished:
             pending = self._loading if copy.kind == LOAD else self._storing
             user_id, pages = pending.pop(copy.ticket)
             end = self.index.end_load if copy.kind == LOAD else self.index.end_store
             end(copy.ticket, copy.error is None)
-            self._metrics.count(f"{copy.kind}s_in_flight", -1)
+            ended[copy.kind] += 1
             if copy.error is None:
-                self._metrics.count(f"{copy.kind}s_total")
-                self._metrics.count(f"{copy.kind}_bytes_total", pages * self._page_bytes)
+                moved[copy.kind] += pages
             else:
-                self._metrics.count(f"{copy.kind}s_failed_total")
+                failed[copy.kind] += 1
                 if copy.kind == LOAD:
                     self._failed_loads.add(user_id)
+        for kind, count in ended.items():
+            self._metrics.count_many(
+                (
+                    (f"{kind}s_in_flight", -count, ""),
+                    (f"{kind}s_total", count - failed[kind], ""),
+                    (f"{kind}s_failed_total", failed[kind], ""),
+                    (f"{kind}_bytes_total", moved[kind] * self._page_bytes, ""),
+                )
+            )
         self._poison_freed()
         return len(finished)
 
     def reserve(self, slots: Sequence[Slot]) -> Reservation:
         """Pin what the slots' prefixes have on the device and find pages for what will be encoded."""
+        self._surveyed.clear()
         count = len(slots)
         cached, stored, table = self._cached[:count], self._stored[:count], self._page_table[:count]
         users = [slot.user_id for slot in slots]
-        chains = [slot.sequence.chain[: slot.encode_to] for slot in slots]
+        chains = [slot.sequence.chain[: slot.encode_to] if slot.partial else slot.sequence.chain for slot in slots]
         ticket = self.index.begin_batch(users, chains, cached, stored, table)
         self._poison_freed()
-        pages = int((table >= 0).sum())
+        pages = int((-(-stored // self._page_tokens)).sum())
         self._reserved_pages += pages
         return Reservation(ticket, cached.copy(), stored.copy(), table, pages)
 
@@ -165,24 +194,26 @@ class Tiers:
         """Make the batch's new states findable, or give its new pages back."""
         self.index.end_batch(reservation.ticket, success)
         self._reserved_pages -= reservation.pages
-        if success:
-            for slot in slots:
-                self._unsaved[slot.user_id] = None
+        if success and self._has_host:
+            self._unsaved.update(dict.fromkeys(slot.user_id for slot in slots))
         self._poison_freed()
         self.count()
 
     def write_back(self) -> None:
         """Start copying to the host what it does not have yet."""
+        started = 0
         for user_id in list(self._unsaved):
             store = self.index.begin_store(user_id)
             if store is not None:
                 self._poison_freed()
                 self._storing[store.ticket] = (user_id, len(store.gpu_pages))
-                self._metrics.count("stores_in_flight")
+                started += 1
                 self.mover.submit(STORE, store.ticket, store.gpu_pages, store.host_pages)
             elif self.index.is_busy(user_id).storing:
                 continue  # more came while its last write-back runs: again when that has ended
             del self._unsaved[user_id]
+        if started:
+            self._metrics.count("stores_in_flight", started)
 
     def holds(self, sequence: UserSequence) -> bool:
         """Whether any state of `sequence` is in any tier."""
@@ -217,9 +248,10 @@ class Tiers:
         stats = self.index.stats()
         for name, tier in (("gpu", stats.gpu), ("host", stats.host)):
             self._metrics.set("pages_in_use", tier.used, name)
-            self._metrics.set("pages_capacity", tier.total, name)
-            seen = self._metrics.value("evicted_pages_total", name)
-            self._metrics.count("evicted_pages_total", tier.evicted_pages - seen, name)
+            evicted = tier.evicted_pages - self._evicted_pages[name]
+            if evicted:
+                self._evicted_pages[name] = tier.evicted_pages
+                self._metrics.count("evicted_pages_total", evicted, name)
         return stats
 
     def stats(self) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,28 +14,9 @@ from mtserve.kernels.plan import KernelPlan
 from mtserve.model.embedding import HashedTables
 from mtserve.model.hstu import HSTULayer
 from mtserve.model.schema import FeatureSchema
-from mtserve.model.tokeniser import (
-    GAP_BUCKETS,
-    HOURS_OF_WEEK,
-    Array,
-    TokenInputs,
-    Tokeniser,
-    Upload,
-    gap_buckets,
-    hours_of_week,
-)
-from mtserve.types import Rows
+from mtserve.model.tokeniser import GAP_BUCKETS, HOURS_OF_WEEK, Array, KindTokens, TokenInputs, Tokeniser, hours_of_week
 
 GROUP_U, GROUP_S, GROUP_R, GROUP_C = range(4)
-
-
-@dataclass(frozen=True)
-class _Feed:
-    """Tokens of one kind. `arrays`: int64 destinations, int64 rows of each table in `added`, then the features."""
-
-    tokeniser: Tokeniser
-    added: list[torch.Tensor]
-    arrays: list[Array]
 
 
 class RankingModel(nn.Module):
@@ -71,54 +51,35 @@ class RankingModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.position.dtype
 
-    def embed(self, inputs: TokenInputs, upload: Upload | None = None) -> torch.Tensor:
-        """[rows, d] tokens of a batch, each in its row. `upload` brings all arrays to the device at once."""
-        feeds = [*self._user_feeds(inputs), *self._behaviour_feed(inputs), *self._candidate_feed(inputs)]
-        arrays = [array for feed in feeds for array in feed.arrays]
-        tensors = iter((upload or self._upload)(arrays))
+    def embed(self, inputs: TokenInputs) -> torch.Tensor:
+        """[rows, d] tokens of a batch, each in its row."""
+        *users, behaviours, candidates = inputs.kinds
         x = torch.empty(inputs.rows, self.config.d, device=self.device, dtype=self.dtype)
-        for feed in feeds:
-            destinations, *rest = (next(tensors) for _ in feed.arrays)
-            tokens = feed.tokeniser(rest[len(feed.added) :], self.tables)
-            for table, rows in zip(feed.added, rest, strict=False):
-                tokens += table.index_select(0, rows)
-            x.index_copy_(0, destinations, tokens)
+        for tokeniser, kind in zip(self.user_tokens, users, strict=True):
+            self._embed(x, tokeniser, kind)
+        self._embed(
+            x, self.behaviour_token, behaviours, (self.position, behaviours.position), (self.gap, behaviours.bucket)
+        )
+        self._embed(x, self.candidate_token, candidates, (self.recency, candidates.bucket))
         return x
 
-    def _user_feeds(self, inputs: TokenInputs) -> list[_Feed]:
-        feeds = []
-        for index, tokeniser in enumerate(self.user_tokens):
-            new = inputs.user_destinations[:, index] >= 0
-            if new.any():
-                destinations = inputs.user_destinations[new, index]
-                feeds.append(self._feed(tokeniser, inputs.user_rows[new], destinations))
-        return feeds
-
-    def _behaviour_feed(self, inputs: TokenInputs) -> list[_Feed]:
-        rows = inputs.behaviours
-        if not len(rows):
-            return []
-        added = (
-            (self.position, inputs.positions),
-            (self.gap, gap_buckets(inputs.gap_ms)),
-            (self.hour, hours_of_week(rows["time_ms"])),
-        )
-        return [self._feed(self.behaviour_token, rows, inputs.behaviour_destinations, *added)]
-
-    def _candidate_feed(self, inputs: TokenInputs) -> list[_Feed]:
-        rows = inputs.candidates
-        if not len(rows):
-            return []
-        added = ((self.recency, gap_buckets(inputs.recency_ms)), (self.hour, hours_of_week(rows["time_ms"])))
-        return [self._feed(self.candidate_token, rows, inputs.candidate_destinations, *added)]
-
-    def _feed(self, tokeniser: nn.Module, rows: Rows, destinations: Array, *added: tuple[torch.Tensor, Array]) -> _Feed:
+    def _embed(
+        self, x: torch.Tensor, tokeniser: nn.Module, kind: KindTokens, *tables: tuple[torch.Tensor, Array]
+    ) -> None:
+        """Write the tokens of one kind into `x`, the rows of `tables` added, and the hour's where time is known."""
         assert isinstance(tokeniser, Tokeniser)
-        arrays = [destinations, *(indices for _, indices in added), *tokeniser.feed(rows, self.tables)]
-        return _Feed(tokeniser, [table for table, _ in added], arrays)
+        rows = kind.features
+        if not len(rows):
+            return
+        tokens = tokeniser([self._upload(array) for array in tokeniser.feed(rows, self.tables)], self.tables)
+        if tables:
+            tables += ((self.hour, hours_of_week(rows["time_ms"])),)
+        for table, index in tables:
+            tokens += table.index_select(0, self._upload(index))
+        x.index_copy_(0, self._upload(kind.destinations), tokens)
 
-    def _upload(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
-        return [torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays]
+    def _upload(self, array: Array) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def encode(self, x: torch.Tensor, pool: torch.Tensor | None, plan: KernelPlan, kernels: Kernels) -> torch.Tensor:
         """[T, d] rows after all layers; `pool` [pages, layers, 2, page_tokens, H, D], None to use and keep no states."""

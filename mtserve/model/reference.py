@@ -16,7 +16,7 @@ from mtserve.model.cut import cut_history
 from mtserve.model.hstu import HSTULayer
 from mtserve.model.mask import Groups, visibility
 from mtserve.model.ranking import RankingModel
-from mtserve.model.tokeniser import TokenInputs
+from mtserve.model.tokeniser import KindTokens, TokenInputs, gap_buckets
 from mtserve.types import History, Rows
 
 
@@ -53,23 +53,24 @@ def _layer(layer: HSTULayer, x: torch.Tensor, mask: torch.Tensor, group: torch.T
 def _inputs(
     model: RankingModel, history: History, kept: Rows, groups: Groups, candidates: Rows, seen: list[int]
 ) -> TokenInputs:
-    features = history.features if history.features is not None else np.zeros(1, model.schema.user_dtype)
+    features = np.zeros(1, model.schema.user_dtype) if history.features is None else history.features.copy()
     times = [int(time) for time in kept["time_ms"]]
     gaps = [0 if i == 0 else times[i] - times[i - 1] for i in range(len(times))]
     recency = [
         int(exposure) - times[groups.static + count - 1] if groups.static + count else 0
         for exposure, count in zip(candidates["time_ms"], seen, strict=True)
     ]
-    prefix, total = groups.prefix, groups.prefix + len(candidates)
-    return TokenInputs(
-        rows=total,
-        user_rows=features,
-        user_destinations=np.arange(groups.user)[None],
-        behaviours=kept,
-        positions=np.arange(len(kept)),
-        gap_ms=np.array(gaps, dtype=np.int64),
-        behaviour_destinations=np.arange(groups.user, prefix),
-        candidates=candidates,
-        recency_ms=np.array(recency, dtype=np.int64),
-        candidate_destinations=np.arange(prefix, total),
+    kinds = [_kind(features, token, [0], [0]) for token in range(groups.user)]
+    kinds.append(_kind(kept, groups.user, list(range(len(kept))), gaps))
+    kinds.append(_kind(candidates, groups.prefix, [0] * len(candidates), recency))
+    return TokenInputs(groups.prefix + len(candidates), tuple(kinds))
+
+
+def _kind(rows: Rows, first: int, position: list[int], gaps_ms: list[int]) -> KindTokens:
+    """Tokens of neighbouring rows of the sequence, from `first` on."""
+    return KindTokens(
+        features=rows,
+        destinations=np.arange(first, first + len(rows)),
+        position=np.array(position, dtype=np.int64),
+        bucket=gap_buckets(np.array(gaps_ms, dtype=np.int64)),
     )

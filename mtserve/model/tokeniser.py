@@ -7,7 +7,8 @@ week) or relative to the behaviour before. What is relative to "now" belongs to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -22,18 +23,24 @@ from mtserve.model.schema import Feature
 from mtserve.types import Rows
 
 Array: TypeAlias = npt.NDArray[Any]
-Upload: TypeAlias = Callable[[Sequence[Array]], list[torch.Tensor]]
-"""Brings arrays to the model's device, in their order."""
 
 GAP_BUCKETS = 64
 HOURS_OF_WEEK = 168
 _HOUR_MS = 3_600_000
 
 
-def gap_buckets(gap_ms: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """int64 [n] in [0, 64): two buckets an octave of seconds; 0 for gaps under 1 s or none."""
-    seconds = np.maximum(gap_ms, 0) / 1000.0
-    return np.minimum(2.0 * np.log2(1.0 + seconds), GAP_BUCKETS - 1).astype(np.int64)
+def _gap_threshold(bucket: int) -> int:
+    """The smallest gap, ms, with 2 log2(1 + seconds) >= bucket: (1000 + gap)^2 >= 10^6 * 2^bucket, in integers."""
+    return math.isqrt((10**6 << bucket) - 1) + 1 - 1000
+
+
+# Whatever computes buckets compares with these, so that no two paths round differently.
+GAP_THRESHOLDS_MS = np.array([_gap_threshold(bucket) for bucket in range(GAP_BUCKETS)], dtype=np.int64)
+
+
+def gap_buckets(gap_ms: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """int32 [n] in [0, 64): two buckets an octave of 1 + seconds; 0 for gaps under 415 ms or none."""
+    return np.searchsorted(GAP_THRESHOLDS_MS[1:], gap_ms, side="right").astype(np.int32)
 
 
 def hours_of_week(time_ms: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -42,26 +49,27 @@ def hours_of_week(time_ms: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class TokenInputs:
-    """What the tokens of one batch are made of, and the row each goes to. Destinations are int64.
+class KindTokens:
+    """Tokens of one kind; the last three are integers.
 
-    `user_rows` [u] with `user_destinations` [u, U features], -1 where that token is cached.
-    `behaviours` [b] with `positions` [b] (from the generation's first behaviour), `gap_ms` [b]
-    (to the behaviour before, 0 for the generation's first) and `behaviour_destinations` [b].
-    `candidates` [c], `time_ms` resolved, with `recency_ms` [c] (exposure minus the last visible
-    behaviour's time) and `candidate_destinations` [c].
+    `features` [n] feature rows (those of U feature k: the user's), candidates' `time_ms` resolved. `destinations`
+    [n]: the row each token goes to. `position` [n]: a behaviour's place from its generation's first. `bucket` [n]:
+    of a behaviour's gap to the one before (0 for a generation's first), or of a candidate's recency (its exposure
+    minus the last visible behaviour's time).
     """
 
+    features: Rows
+    destinations: npt.NDArray[np.int64]
+    position: npt.NDArray[np.integer]
+    bucket: npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """What the tokens of `rows` rows are made of: each U feature's, then behaviours, then candidates."""
+
     rows: int
-    user_rows: Rows
-    user_destinations: npt.NDArray[np.int64]
-    behaviours: Rows
-    positions: npt.NDArray[np.int64]
-    gap_ms: npt.NDArray[np.int64]
-    behaviour_destinations: npt.NDArray[np.int64]
-    candidates: Rows
-    recency_ms: npt.NDArray[np.int64]
-    candidate_destinations: npt.NDArray[np.int64]
+    kinds: tuple[KindTokens, ...]
 
 
 class Tokeniser(nn.Module):

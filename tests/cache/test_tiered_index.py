@@ -48,6 +48,56 @@ class Pool:
 A, B = chain_of(range(30)), chain_of(range(100, 130))
 
 
+def test_a_survey_says_of_each_what_lookup_and_is_busy_say():
+    pool = Pool()
+    pool.put(a=A[:10], b=B[:6])
+    pool.store("a")
+    load = pool.begin(b=B[:8])[0]
+    before = pool.index.stats(), pool.index.users()
+    users, chains = ["a", "b", "nobody", "a"], [A, B[:3], A, B]
+    found = pool.index.survey(users, chains)
+    for user, chain, present in zip(users, chains, found, strict=True):
+        match, busy = pool.index.lookup(user, chain), pool.index.is_busy(user)
+        assert (present.gpu_tokens, present.host_tokens) == (match.gpu_tokens, match.host_tokens)
+        assert (present.loading, present.in_batch) == (busy.loading, busy.in_batch)
+    assert [(each.gpu_tokens, each.host_tokens) for each in found] == [(10, 10), (3, 0), (0, 0), (0, 0)]
+    assert [each.in_batch for each in found] == [False, True, False, False]
+    assert (pool.index.stats(), pool.index.users()) == before
+    assert pool.index.survey([], []) == []
+    pool.index.end_batch(load, False)
+
+
+def test_a_survey_sees_a_load_under_way():
+    pool = Pool(gpu=3)
+    pool.put(a=A[:8])
+    pool.store("a")
+    pool.put(b=B[:12])  # pushes a off the GPU
+    load = pool.index.begin_load("a", A[:8])
+    (present,) = pool.index.survey(["a"], [A[:8]])
+    assert (present.gpu_tokens, present.host_tokens, present.loading, present.in_batch) == (0, 8, True, False)
+    pool.index.end_load(load.ticket, True)
+
+
+@pytest.mark.parametrize(
+    ("users", "chains", "field"),
+    [(["a"], [], "chains"), (["a", 3], [A, A], "users"), (["a"], [A.astype(np.int32)], "chains"), ([""], [A], "user")],
+)
+def test_a_malformed_survey_is_refused(users, chains, field):
+    with pytest.raises(InvalidArgument) as raised:
+        Pool().index.survey(users, chains)
+    assert raised.value.field == field
+
+
+def test_touched_users_are_evicted_last():
+    pool = Pool(gpu=6)
+    pool.put(a=A[:8])
+    pool.put(b=B[:8])
+    pool.put(c=A[:8])
+    pool.index.touch(["a", "b", "nobody"])
+    pool.put(d=B[:16])
+    assert pool.tokens() == {"b": (8, 0), "d": (16, 0)}  # c was the oldest, then a
+
+
 def test_a_batch_is_found_only_after_its_success():
     pool = Pool()
     ticket, cached, stored, table = pool.begin(a=A[:10])

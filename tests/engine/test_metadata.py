@@ -5,32 +5,40 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_models import SCHEMA
 
-from mtserve.engine.metadata import SMALLEST_BUCKET, Metadata, bucket_rows
-from mtserve.kernels.plan import HostPlan
+from mtserve.engine.batch import BatchPlan, BatchSize
+from mtserve.engine.metadata import SMALLEST_BUCKET, Capacity, Metadata, bucket_rows
 
-NAMES = ("limit", "group", "target", "splits")
-SHAPE = {"heads": 2, "head_dim": 64, "sms": 4}
+ROW_ORDER, TOKEN_ORDER = ("limit", "group", "target"), ("row", "source", "position", "bucket")
+WORK = {"heads": 2, "head_dim": 64, "sms": 4, "deterministic": False}
 
 
-def _plan(rng: np.random.Generator, slots: int) -> HostPlan:
+def _metadata(slots: int) -> Metadata:
+    return Metadata(Capacity.of(SCHEMA, 2000, slots, 4), torch.device("cpu"))
+
+
+def _lay_out(rng: np.random.Generator, slots: int, metadata: Metadata) -> tuple[int, BatchPlan]:
+    """A batch of random lengths and contents in `metadata`'s room, and its bucket."""
     cached, delta, candidates = (rng.integers(low, 90, slots) for low in (0, 1, 1))
     rows = delta + candidates
-    first = np.cumsum(rows) - rows
+    first, total = np.cumsum(rows) - rows, int(rows.sum())
     limits = [
         np.concatenate((c + 1 + np.arange(d), np.full(n, c + d)))
         for c, d, n in zip(cached, delta, candidates, strict=True)
     ]
-    total = int(rows.sum())
-    return HostPlan(
-        page_tokens=64,
-        slots=np.stack((cached, delta, first, rows), axis=1).astype(np.int32),
-        page_table=rng.integers(0, 50, (slots, 3)).astype(np.int32),
-        limit=np.concatenate(limits).astype(np.int32),
-        group=rng.integers(0, 4, total).astype(np.int32),
-        target=rng.integers(-1, 999, total).astype(np.int32),
-        candidate_rows=np.arange(total),
-    )
+    bucket, raw_bytes = bucket_rows(total), 8 * int(rng.integers(1, 2 * total))
+    arrays = metadata.room(bucket)
+    arrays.slots[:slots] = np.stack((cached, delta, first, rows), axis=1)
+    arrays.page_table[:slots, :3] = rng.integers(0, 50, (slots, 3))
+    arrays.limit[:total], arrays.limit[total:] = np.concatenate(limits), 0
+    for name in ("group", "target", *TOKEN_ORDER):
+        getattr(arrays, name)[:] = rng.integers(-1, 999, bucket)
+    arrays.tiles[:] = rng.integers(-1, 999, arrays.tiles.shape)
+    arrays.raw[:raw_bytes] = rng.integers(0, 256, raw_bytes)
+    tokens = int(delta.sum())
+    size = BatchSize(total, slots, 3, raw_bytes, len(arrays.tiles))
+    return bucket, BatchPlan(arrays, size, 64, len(arrays.tiles), (0, 0, 0, tokens, total), ())
 
 
 def test_buckets_hold_their_rows_with_little_to_spare() -> None:
@@ -44,36 +52,47 @@ def test_buckets_hold_their_rows_with_little_to_spare() -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 3, 5])
-def test_a_batch_arrives_whole_and_the_rest_says_nothing(slots: int) -> None:
+def test_a_batch_arrives_whole(slots: int) -> None:
     rng = np.random.default_rng(slots)
-    metadata = Metadata(2048, 5, 4, torch.device("cpu"))
+    metadata = _metadata(5)
     for _ in range(4):
-        plan = _plan(rng, slots)
-        bucket = bucket_rows(plan.rows)
-        metadata.turn()
-        work = metadata.fill(plan, bucket, **SHAPE)
-        metadata.upload(bucket)
-        arrived = {name: metadata.on_device(bucket, name).numpy() for name in (*NAMES, "slots", "page_table", "work")}
-        for name in ("limit", "group", "target"):
-            assert np.array_equal(arrived[name][: plan.rows], getattr(plan, name))
-        assert (arrived["limit"][plan.rows :] == 0).all() and (arrived["target"][plan.rows :] == -1).all()
-        assert (arrived["splits"][: plan.rows] >= 1).all() and (arrived["splits"][plan.rows :] == 0).all()
-        assert np.array_equal(arrived["slots"][:slots], plan.slots)
-        assert np.array_equal(arrived["page_table"][:slots, :3], plan.page_table)
+        bucket, plan = _lay_out(rng, slots, metadata)
+        work = metadata.plan_attention(bucket, plan, **WORK)
+        metadata.upload(bucket, plan.raw_bytes)
+        for name in (*ROW_ORDER, *TOKEN_ORDER, "tiles"):
+            assert np.array_equal(metadata.on_device(bucket, name).numpy(), getattr(plan.arrays, name)), name
+        raw = metadata.on_device(bucket, "raw").view(torch.uint8).numpy()
+        assert np.array_equal(raw[: plan.raw_bytes], plan.arrays.raw[: plan.raw_bytes])
+        assert np.array_equal(metadata.on_device(bucket, "slots").numpy()[:slots], plan.arrays.slots[:slots])
+        table = metadata.on_device(bucket, "page_table").numpy()[:slots, :3]
+        assert np.array_equal(table, plan.arrays.page_table[:slots, :3])
+        splits = metadata.on_device(bucket, "splits").numpy()
+        assert (splits[: plan.rows] >= 1).all() and (splits[plan.rows :] == 0).all()
+        counts = metadata.on_device(bucket, "counts").tolist()
+        assert counts == [work.items, 0, plan.first_candidate, plan.candidates]
         assert metadata.work(bucket, work.tile_rows).count.item() == work.items > 0
+
+
+def test_every_batch_within_the_capacity_has_room_for_its_feature_rows() -> None:
+    capacity = Capacity.of(SCHEMA, 2000, 5, 4)
+    metadata = Metadata(capacity, torch.device("cpu"))
+    for rows in (1, 64, 65, 700, 2000):
+        room = metadata.room(bucket_rows(rows))
+        most = 5 * SCHEMA.user_dtype.itemsize + rows * max(
+            SCHEMA.behaviour_dtype.itemsize, SCHEMA.candidate_dtype.itemsize
+        )
+        assert len(room.raw) >= most + 3 * 15  # a section may begin up to 15 bytes on
 
 
 def test_a_turn_leaves_the_buffer_of_the_batch_under_way_alone() -> None:
     rng = np.random.default_rng(0)
-    metadata = Metadata(2048, 4, 4, torch.device("cpu"))
-    first, second = _plan(rng, 3), _plan(rng, 4)
-    metadata.turn()
-    metadata.fill(first, bucket_rows(first.rows), **SHAPE)
-    under_way = metadata._pinned[0]
-    kept = under_way.clone()
-    metadata.turn()
-    metadata.fill(second, bucket_rows(second.rows), **SHAPE)
-    metadata.fill(second, bucket_rows(second.rows), **SHAPE, pieces=1)
-    assert torch.equal(under_way, kept)
-    metadata.turn()
-    assert metadata._pinned[0] is under_way
+    metadata = _metadata(4)
+    bucket, first = _lay_out(rng, 3, metadata)
+    metadata.plan_attention(bucket, first, **WORK)
+    under_way = [array.copy() for array in first.arrays]
+    other, second = _lay_out(rng, 4, metadata)
+    metadata.plan_attention(other, second, **WORK)
+    metadata.plan_attention(other, second, **WORK, pieces=1)
+    for kept, array in zip(under_way, first.arrays, strict=True):
+        assert np.array_equal(kept, array)
+    assert metadata.room(bucket).limit.ctypes.data == first.arrays.limit.ctypes.data

@@ -24,7 +24,15 @@ PAGE = 64
 ODD = [Shape(0, 0, 3), Shape(1, 5, 1), Shape(63, 64, 0), Shape(64, 0, 70), Shape(65, 100, 290), Shape(0, 0, 0),
        Shape(500, 1, 129), Shape(0, 300, 17), Shape(321, 7, 0)]  # fmt: skip
 MASKS = ["full", "causal", "random"]
-CUTS: list[dict[str, Any]] = [{}, {"pieces": 1}, {"pieces": 2}, {"pieces": 5}, {"pieces": 16}, {"deterministic": True}]
+CUTS: list[dict[str, Any]] = [
+    {},
+    {"pieces": 1},
+    {"pieces": 2},
+    {"pieces": 5},
+    {"pieces": 16},
+    {"deterministic": True},
+    {"deterministic": True, "pieces": 1},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +80,7 @@ def test_every_mask_width_and_type(mask: str, head_dim: int, dtype: torch.dtype)
     batch = make(ODD, mask=mask, head_dim=head_dim, dtype=dtype)
     for cut in CUTS:
         assert_as_good_as_torch(batch, **cut)
-        for tile_rows in () if cut.get("deterministic") else tile_rows_of(head_dim):
+        for tile_rows in tile_rows_of(head_dim):
             assert_as_good_as_torch(batch, tile_rows=tile_rows, **cut)
 
 
@@ -91,6 +99,9 @@ def test_deterministic_scores_are_bit_equal_from_run_to_run_and_in_any_company(h
     first = run(batch, deterministic=True)
     for _ in range(3):
         assert torch.equal(run(batch, deterministic=True), first)
+    for tile_rows in tile_rows_of(head_dim):
+        for pieces in (0, 1):
+            assert torch.equal(run(batch, deterministic=True, tile_rows=tile_rows, pieces=pieces), first)
     plan = batch.plan
     for slot, (begin, end) in enumerate(zip(plan.row_offsets, plan.row_offsets[1:], strict=False)):
         rows = slice(begin, end)

@@ -54,6 +54,8 @@ class Planned:
         self.work: Int32Array = np.full((work_capacity(len(limits), len(shapes)) + 1, ITEM_WORDS), -7, np.int32)
         self.splits: Int32Array = np.full(len(limits) + 9, -7, np.int32)
         options = {"sms": SMS, "deterministic": False, **options}
+        if options["deterministic"]:
+            options["pieces"] = min(1, options.get("pieces", 0))
         self.plan: WorkPlan = plan_work(
             self.slots,
             self.limits,
@@ -68,13 +70,24 @@ class Planned:
     def items(self) -> Int32Array:
         return self.work[: self.plan.items]
 
+    def sums(self, slot: int) -> list[list[tuple[int, int]]]:
+        """Row by row of a slot: the runs of blocks of its sums, in the order in which they are added."""
+        _, _, first, count = self.slots[slot].tolist()
+        rows: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+        for _, row, many, begin, end, _, chunk, _ in sorted(self.items.tolist(), key=lambda item: item[5]):
+            for each in range(max(row, first), min(row + many, first + count)):
+                seen = self.blocks(each, slot)
+                cuts = [(at, min(at + chunk, end)) for at in range(begin, max(end, begin + 1), chunk)]
+                rows[each - first] += [cut for cut in cuts if cut[0] < seen]
+        return [[(begin, min(end, self.blocks(first + i, slot))) for begin, end in row] for i, row in enumerate(rows)]
+
     def blocks(self, row: int, slot: int) -> int:
         cached, limit = int(self.slots[slot, 0]), int(self.limits[row])
         pages = -(-cached // BLOCK)
         return -(-limit // BLOCK) if limit <= cached else pages + -(-(limit - cached) // BLOCK)
 
 
-def check_cover(planned: Planned) -> None:
+def check_cover(planned: Planned, deterministic: bool = False) -> None:
     """Every row meets each of its blocks once, in runs numbered 0 .. splits - 1; what is behind is left alone."""
     assert (planned.work[planned.plan.items :] == -7).all()
     assert (planned.splits[len(planned.limits) :] == 0).all()
@@ -82,7 +95,8 @@ def check_cover(planned: Planned) -> None:
     runs: dict[int, list[tuple[int, int, int]]] = {}
     for slot, row, rows, begin, end, split, *rest in planned.items.tolist():
         _, _, first, count = planned.slots[slot].tolist()
-        assert rest == [0, 0]
+        assert (rest[0] > 0) == deterministic and rest[1] == 0
+        assert not deterministic or (begin % rest[0] == 0 and (split == 0 or end - begin <= rest[0]))
         assert (row - first) % planned.plan.tile_rows == 0
         assert rows == min(planned.plan.tile_rows, first + count - row)
         for each in range(row, row + rows):
@@ -107,7 +121,7 @@ def check_cover(planned: Planned) -> None:
     pieces=st.integers(0, MAX_SPLITS), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_every_row_meets_every_block_once(shapes: list[Shape], seed: int, **options: Any) -> None:
-    check_cover(Planned(shapes, seed=seed, **options))
+    check_cover(Planned(shapes, seed=seed, **options), options["deterministic"])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +129,7 @@ def test_every_row_meets_every_block_once(shapes: list[Shape], seed: int, **opti
 )
 def test_odd_shapes(options: dict[str, Any]) -> None:
     for causal in (True, False):
-        check_cover(Planned(ODD, causal=causal, **options))
+        check_cover(Planned(ODD, causal=causal, **options), "deterministic" in options)
     check_cover(Planned([], **options))
     check_cover(Planned([Shape(0, 0, 0)] * 3, **options))
 
@@ -164,17 +178,21 @@ def _execute(item: list[int], batch: Any, work: AttentionWork, partial: torch.Te
         partial[split, each] = total
 
 
-@given(shapes=SHAPES.filter(bool), seed=st.integers(0, 2**31), before=SHAPES)
-def test_deterministic_runs_of_a_slot_do_not_depend_on_its_company(
-    shapes: list[Shape], seed: int, before: list[Shape]
+@given(
+    shapes=SHAPES.filter(bool), before=SHAPES, pieces=st.sampled_from([0, 1]), tile_rows=st.sampled_from([0, 128, 192]),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_deterministic_sums_of_a_slot_do_not_depend_on_its_company(
+    shapes: list[Shape], before: list[Shape], pieces: int, tile_rows: int, seed: int
 ) -> None:
     alone = Planned(shapes[:1], deterministic=True)
-    among = Planned([*before, *shapes], seed=seed, deterministic=True)
-    slot, first = len(before), int(among.slots[len(before), 2])
-    mine = among.items[among.items[:, 0] == slot].copy()
-    mine[:, 0], mine[:, 1] = 0, mine[:, 1] - first
-    assert alone.plan.tile_rows == among.plan.tile_rows
-    assert sorted(mine.tolist()) == sorted(alone.items.tolist())
+    among = Planned([*before, *shapes], seed=seed, deterministic=True, pieces=pieces, tile_rows=tile_rows)
+    assert among.sums(len(before)) == alone.sums(0)
+
+
+def test_a_lone_slot_is_cut_at_every_chunk_and_a_full_chip_at_none() -> None:
+    assert Planned([Shape(4096, 32, 256)], deterministic=True).plan.max_splits >= 8
+    assert Planned([Shape(8192, 32, 256)] * 32, deterministic=True).plan.max_splits == 1
 
 
 def test_the_same_lengths_give_the_same_plan() -> None:
@@ -196,6 +214,7 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("head_dim", {"head_dim": 96}),
     ("sms", {"sms": 0}),
     ("pieces", {"pieces": MAX_SPLITS + 1}),
+    ("pieces", {"pieces": 2, "deterministic": True}),
     ("tile_rows", {"tile_rows": 64}),
     ("tile_rows", {"tile_rows": 192, "head_dim": 256}),
     ("limits", {"limits": np.zeros(9, np.int32)}),

@@ -13,7 +13,7 @@ from mtserve.errors import InvalidArgument
 from mtserve.model.embedding import hash_ids, table_salt
 from mtserve.model.presets import PRESETS, build, default_schema, preset
 from mtserve.model.reference import recompute
-from mtserve.model.tokeniser import GAP_BUCKETS, gap_buckets, hours_of_week
+from mtserve.model.tokeniser import GAP_BUCKETS, GAP_THRESHOLDS_MS, gap_buckets, hours_of_week
 from mtserve.types import History
 
 
@@ -26,6 +26,11 @@ def _logits(**changes: Any) -> np.ndarray:  # type: ignore[type-arg]
 def test_gaps_have_two_buckets_an_octave_of_seconds() -> None:
     gaps = np.array([-5, 0, 414, 415, 999, 1000, 3000, 7000, 2**62])
     assert gap_buckets(gaps).tolist() == [0, 0, 0, 1, 1, 2, 4, 6, GAP_BUCKETS - 1]
+    rng = np.random.default_rng(1)
+    near = (GAP_THRESHOLDS_MS[:, None] + np.arange(-2, 3)).ravel()
+    for each in (near, rng.integers(0, 10**7, 20_000), (2.0 ** rng.uniform(0, 62, 20_000)).astype(np.int64)):
+        formula = np.minimum(2 * np.log2(1 + np.maximum(each, 0) / 1000), GAP_BUCKETS - 1).astype(np.int64)
+        assert np.array_equal(gap_buckets(each), formula)
     grown = gap_buckets(np.sort(np.random.default_rng(0).integers(0, 2**45, 1000)))
     assert (np.diff(grown) >= 0).all()
     assert grown.max() < GAP_BUCKETS

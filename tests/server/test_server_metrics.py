@@ -52,6 +52,25 @@ def test_what_is_not_declared_is_our_bug(name: str, label: str) -> None:
         metrics.observe(name, 1)
 
 
+def test_many_at_once_are_as_many_one_by_one() -> None:
+    at_once, one_by_one = Metrics(), Metrics()
+    amounts = [("candidates_total", 7, ""), ("prefix_tokens_total", 3, "gpu"), ("candidates_total", 2, "")]
+    values = [0.0, 2.0**-30, 0.004, 0.004, 1.0, 2.0**12]
+    at_once.count_many(amounts)
+    for batch in (values, [], [0.25]):
+        at_once.observe_many("request_seconds", batch)
+    for name, amount, label in amounts:
+        one_by_one.count(name, amount, label)
+    for value in (*values, 0.25):
+        one_by_one.observe("request_seconds", value)
+    assert at_once.snapshot() == one_by_one.snapshot()
+    assert at_once.distribution("request_seconds").buckets == one_by_one.distribution("request_seconds").buckets
+    assert at_once.value("candidates_total") == 9
+    for undeclared in ("nothing", "requests_total"):
+        with pytest.raises(KeyError):
+            at_once.count_many([(undeclared, 1, "gpu")])
+
+
 def test_quantiles_are_within_one_percent() -> None:
     metrics = Metrics()
     values = np.random.default_rng(0).lognormal(-5, 1.5, 5001)

@@ -41,12 +41,13 @@ class AttentionKernel:
 
     `pool` [pages, layers, 2, 64, H, D] (None: nothing is ever cached) may be a strided view whose pages and layers
     lie apart. Launches of one instance must follow each other on one stream: they share a counter of work.
+    `deterministic`: for plans made so; a row's sum has the same bits however the plan cuts it.
     Raises InvalidArgument for what this kernel cannot do, BuildFailed where it cannot be built.
     """
 
     def __init__(
         self, heads: int, head_dim: int, dtype: torch.dtype, page_tokens: int, layers: int,
-        pool: torch.Tensor | None, device: torch.device,
+        pool: torch.Tensor | None, device: torch.device, *, deterministic: bool = False,
     ) -> None:  # fmt: skip
         _require(head_dim in HEAD_DIMS, "head_dim", f"one of {HEAD_DIMS}, not {head_dim}")
         _require(dtype in DTYPES, "dtype", f"bfloat16 or float16, not {dtype}")
@@ -57,13 +58,15 @@ class AttentionKernel:
             capability == (9, 0), "device", f"compute capability 9.0 (Hopper), not {capability[0]}.{capability[1]}"
         )
         self.heads, self.head_dim, self.dtype, self.layers = heads, head_dim, dtype, layers
+        self.deterministic = deterministic
         self.sms = torch.cuda.get_device_properties(device).multi_processor_count
         with torch.cuda.device(device):
             # First, for it brings the context into being that modules are loaded into; it knows the device's index.
             self._counter = torch.zeros(2, dtype=torch.int32, device=device)
             self.device = self._counter.device
             self._functions = {
-                rows: _function(head_dim, dtype, rows, self.device.index) for rows in tile_rows_of(head_dim)
+                rows: _function(head_dim, dtype, rows, deterministic, self.device.index)
+                for rows in tile_rows_of(head_dim)
             }
             self._use_pool(pool)
         self._projection_map = lru_cache(PROJECTION_MAPS)(self._new_projection_map)
@@ -106,7 +109,8 @@ class AttentionKernel:
 
         `uvqk` [T, 4, H, D] contiguous: u, v, q, k of the batch's rows. `out`: [T, H * D] of the model's dtype where
         the plan's max_splits is 1; else fp32 [S, T, H * D], S >= max_splits, of which row t gets the first
-        `work.splits[t]`, to be summed in that order. Other rows of `out` stay as they are.
+        `work.splits[t]`, to be summed in that order. Other rows of `out` stay as they are. A deterministic kernel
+        always makes partial sums: a rounded sum is another than an unrounded one.
         """
         rows, width = len(uvqk), self.heads * self.head_dim
         partial = out.ndim == 3
@@ -121,6 +125,8 @@ class AttentionKernel:
         ):
             raise InvalidArgument(f"expected {[rows, width]} of {self.dtype} or splits of it in float32, "
                                   f"got {list(out.shape)} of {out.dtype}", field="out")  # fmt: skip
+        if self.deterministic and not partial:
+            raise InvalidArgument("deterministic sums are partial sums: float32 [S, T, H * D]", field="out")
         if not 0 <= layer < self.layers:
             raise InvalidArgument(f"{layer} is not in 0..{self.layers - 1}", field="layer")
         if work.tile_rows not in self._functions:
@@ -143,10 +149,13 @@ class AttentionKernel:
         self._functions[work.tile_rows].launch(self.sms, threads, self._pool_map or rows_map, rows_map, params)
 
 
-@lru_cache(64)
-def _function(head_dim: int, dtype: torch.dtype, tile_rows: int, device: int) -> Function:
+@lru_cache(128)
+def _function(head_dim: int, dtype: torch.dtype, tile_rows: int, chunked: bool, device: int) -> Function:
     """The kernel, loaded into the context of `device`, which is the current one."""
-    macros = {"HEAD_DIM": head_dim, "FP16": int(dtype == torch.float16), "WARPGROUPS": tile_rows // BLOCK}
+    macros = {
+        "HEAD_DIM": head_dim, "FP16": int(dtype == torch.float16), "WARPGROUPS": tile_rows // BLOCK,
+        "CHUNKED": int(chunked),
+    }  # fmt: skip
     module = Module(build("hstu_attention", macros))
     return module.function("hstu_attention", module.read_int("hstu_shared_bytes"))
 
@@ -167,7 +176,7 @@ def attention(
     uvqk = _projection_of(q, k, v)
     rows, _, heads, head_dim = uvqk.shape
     pool = None if pages is None else pages.unsqueeze(1)
-    kernel = AttentionKernel(heads, head_dim, q.dtype, plan.page_tokens, 1, pool, q.device)
+    kernel = AttentionKernel(heads, head_dim, q.dtype, plan.page_tokens, 1, pool, q.device, deterministic=deterministic)
     counts = np.diff(plan.row_offsets)
     slots = np.stack([plan.cached, plan.delta, plan.row_offsets[:-1], counts], axis=1).astype(np.int32)
     work, planned = build_work(
@@ -176,7 +185,7 @@ def attention(
     )  # fmt: skip
     width = heads * head_dim
     out = q.new_empty(rows, width)
-    if planned.max_splits == 1:
+    if planned.max_splits == 1 and not deterministic:
         kernel.run(uvqk, 0, work, out, n)
     else:
         partial = torch.zeros(planned.max_splits, rows, width, device=q.device)

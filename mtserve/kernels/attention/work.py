@@ -43,7 +43,7 @@ class AttentionWork:
 
     `slots` [B, 4]: cached, delta, first_row, rows of a user slot (its new prefix tokens, then candidates).
     `page_table` [B, W]: pages of the cached prefix. `limit` [T]: prefix tokens [0, limit) are what a row sees.
-    `work` [items, 8]: slot, row, rows, begin block, end block, split, 0, 0. `count` [1]: items of `work`.
+    `work` [items, 8]: slot, row, rows, begin block, end block, split, chunk, 0. `count` [1]: items of `work`.
     `splits` [T]: partial sums of the row; 0 where the batch has no such row.
     `tile_rows`: that of the plan which `work` came from.
     """
@@ -88,10 +88,10 @@ def plan_work(
 ) -> WorkPlan:
     """Fill `out_work` [items, 8] and `out_splits` [T or more] (0 behind row T) for `slots` [B, 4] and `limits` [T].
 
-    The same lengths always give the same plan. With `deterministic` the tiles and runs of a slot follow from that
-    slot alone, so that its scores do not depend on the batch's company, bit for bit. `pieces` (runs of every tile
-    that has as many blocks) and `tile_rows` override the choice by estimated time. Raises InvalidArgument naming
-    what is malformed or too small.
+    The same lengths always give the same plan. With `deterministic` runs end only between chunks of blocks that
+    follow from the slot alone, so that its sums do not depend on the batch's company, bit for bit. `pieces` (runs of
+    every tile that has as many blocks; with `deterministic` no more than 1) and `tile_rows` override the choice by
+    estimated time. Raises InvalidArgument naming what is malformed or too small.
     """
     return WorkPlan(
         *_core._plan_attention_work(

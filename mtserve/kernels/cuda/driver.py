@@ -19,10 +19,30 @@ _TYPES = {torch.float16: 6, torch.bfloat16: 9}
 _SWIZZLES = {64: 2, 128: 3}  # by bytes of a box's row
 _L2_PROMOTION_256_BYTES = 3
 _MAX_DYNAMIC_SHARED_BYTES = 8
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 
 class CudaError(FailedPrecondition):
     """A call of the CUDA driver failed."""
+
+
+class _Attribute(ctypes.Structure):
+    """Mirrors CUlaunchAttribute: an id, padded to 8 bytes, and a union of 64, of which our one reads an int."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """Mirrors CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
 
 
 @cache
@@ -71,11 +91,18 @@ class Function:
         self._shared_bytes = shared_bytes
 
     def launch(self, grid: int, threads: int, *parameters: Any) -> None:
-        """Launch on torch's current stream. `parameters` are ctypes values, copied before this returns."""
+        """Launch on torch's current stream. `parameters` are ctypes values, copied before this returns.
+
+        The kernel may start before those ahead of it on the stream have ended (programmatic dependent launch), so
+        it must execute griddepcontrol.wait before it reads or writes what they may write or read.
+        """
         addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(each) for each in parameters))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        shape = (ctypes.c_uint(size) for size in (grid, 1, 1, threads, 1, 1, self._shared_bytes))
-        _call("cuLaunchKernel", self._handle, *shape, stream, addresses, None)
+        attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+        config = _LaunchConfig(
+            (grid, 1, 1), (threads, 1, 1), self._shared_bytes, torch.cuda.current_stream().cuda_stream,
+            ctypes.pointer(attribute), 1,
+        )  # fmt: skip
+        _call("cuLaunchKernelEx", ctypes.byref(config), self._handle, addresses, None)
 
 
 def tensor_map(pointer: int, dtype: torch.dtype, shape: tuple[int, int], box: tuple[int, int]) -> Any:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mtserve.kernels import dependent
 from mtserve.kernels.group_layer_norm.reference import EPSILON
 
 ROWS = 4
@@ -15,15 +16,21 @@ ROWS = 4
 def _norm_gate(
     y_ptr, u_ptr, weight_ptr, bias_ptr, group_ptr, splits_ptr, out_ptr, rows, u_stride, split_stride,
     GATE_FIRST: tl.constexpr, PARTIAL: tl.constexpr, EPS: tl.constexpr,
-    W: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    W: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    dependent.start(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     w = tl.arange(0, WIDTH)
     inside = (row < rows)[:, None] & (w < W)[None, :]
     at = row[:, None].to(tl.int64) * W + w[None, :]
+    group = tl.load(group_ptr + row, mask=row < rows, other=0)
+    affine = group[:, None] * W + w[None, :]
+    weight = tl.load(weight_ptr + affine, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + affine, mask=inside, other=0.0).to(tl.float32)
+    splits = tl.load(splits_ptr + row, mask=row < rows, other=0)
+    dependent.wait(PDL)
     y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if PARTIAL:
-        splits = tl.load(splits_ptr + row, mask=row < rows, other=0)
         # What no work item wrote holds anything: a row's sums end where its splits do.
         y = tl.where((splits > 0)[:, None], y, 0.0)
         for split in range(1, tl.max(splits, 0)):
@@ -34,10 +41,6 @@ def _norm_gate(
         y = y * u
     centred = tl.where(inside, y - (tl.sum(y, 1) / W)[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / W + EPS)
-    group = tl.load(group_ptr + row, mask=row < rows, other=0)
-    affine = group[:, None] * W + w[None, :]
-    weight = tl.load(weight_ptr + affine, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + affine, mask=inside, other=0.0).to(tl.float32)
     gated = centred * scale[:, None] * weight + bias
     if not GATE_FIRST:
         gated = gated * u
@@ -67,4 +70,5 @@ def norm_gate(
         y, u, weight, bias, group, splits, out, rows, u.stride(0), y.stride(0) if partial else 0,
         GATE_FIRST=gate_first, PARTIAL=partial, EPS=EPSILON,
         W=width, WIDTH=triton.next_power_of_2(width), ROWS=ROWS, num_warps=4,
+        **dependent.options(out),
     )  # fmt: skip

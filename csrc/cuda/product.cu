@@ -1,0 +1,554 @@
+// Matrix product with its epilogue, for Hopper (sm_90a): A [T, K] B [K, N], both row-major, sums in fp32.
+//
+//   EPILOGUE 0, projection   C = SiLU(A B + bias), and C's k and v of rows with a target go into their pages
+//   EPILOGUE 1, residual     C = C + A B, rounded once
+//
+// A persistent grid; thread block b takes the tiles b, b + grid, ... One producer warp brings A and B by
+// bulk tensor copies into a ring of stages of 64 k each. Two consumer warpgroups take alternate tiles:
+//
+//   tensor cores   | tile 0 (first) | tile 1 (second) | tile 2 (first) | ...
+//   first          | products       | epilogue        | products       | ...
+//   second         | waits          | products        | epilogue       | ...
+//
+// so that the tensor cores are busy during every epilogue. A tile's sums run over k in steps of 16 from 0
+// upwards, whatever the tile: a row's result depends on that row alone, bit by bit.
+//
+// Copies are boxes of 64 x 64 elements, swizzled over 128 bytes; what lies outside a matrix reads as zero
+// and is not written. So N and K need only be multiples of 8, and T of nothing.
+//
+// Builds with `nvcc -gencode=arch=compute_90a,code=sm_90a --cubin` and with NVRTC: no headers.
+//   EPILOGUE      0 projection, 1 residual
+//   FP16          0 bf16, 1 fp16
+//   TILE_ROWS     64 | 128: of a tile of C. Small ones for few rows, where large ones would leave
+//   TILE_COLUMNS  64 | 128  multiprocessors idle.
+//   SPIN_LIMIT    0. For debugging: polls after which a barrier gives up, so that a hang becomes a wrong result.
+
+#ifndef EPILOGUE
+#define EPILOGUE 0
+#endif
+#ifndef FP16
+#define FP16 0
+#endif
+#ifndef TILE_ROWS
+#define TILE_ROWS 128
+#endif
+#ifndef TILE_COLUMNS
+#define TILE_COLUMNS 128
+#endif
+#ifndef SPIN_LIMIT
+#define SPIN_LIMIT 0
+#endif
+
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using Elem = unsigned short;  // the bits of one element
+
+#if FP16
+#define ELEM_NAME "f16"
+#else
+#define ELEM_NAME "bf16"
+#endif
+
+// ---- geometry -------------------------------------------------------------------------------
+constexpr int BOX = 64;                           // rows and columns of a copy; k of a stage; rows of one wgmma
+constexpr int ROW_BYTES = BOX * 2;                // the most that a swizzled row can have
+constexpr int BOX_BYTES = BOX * ROW_BYTES;        // a multiple of 1024, the swizzle's alignment
+constexpr int HALVES = TILE_ROWS / BOX;           // row boxes of a tile
+constexpr int STRIPS = TILE_COLUMNS / BOX;        // column boxes of a tile
+constexpr int SUMS = TILE_COLUMNS / 2;            // fp32 sums of a thread in each half
+constexpr int A_BYTES = HALVES * BOX_BYTES;
+constexpr int STAGE_BYTES = A_BYTES + STRIPS * BOX_BYTES;
+constexpr int STRIP_BYTES = TILE_ROWS * ROW_BYTES;   // 64 columns of C: its boxes lie one below the other
+constexpr int C_BYTES = STRIPS * STRIP_BYTES;
+constexpr int WARPS = 4;                          // of a warpgroup
+constexpr int THREADS = 384;
+constexpr int BAND = 8;                           // see `Tiles`
+
+// Each consumer has a tile of C of its own; the stages take the rest of the 227 KiB.
+constexpr int SHARED_LIMIT = 232448, RESERVED = 2048;   // alignment of the start, barriers
+constexpr int STAGES = (SHARED_LIMIT - RESERVED - 2 * C_BYTES) / STAGE_BYTES;
+
+constexpr int C_AT = STAGES * STAGE_BYTES;
+constexpr int FULL = C_AT + 2 * C_BYTES;          // barriers: a stage has arrived,
+constexpr int EMPTY = FULL + 8 * STAGES;          // a stage has been used,
+constexpr int TURN = EMPTY + 8 * STAGES;          // [2]: a consumer may begin its products,
+constexpr int OLD_FULL = TURN + 16;               // [2]: the old C has arrived in a consumer's tile
+constexpr int SHARED_END = OLD_FULL + 16;
+// Dynamic shared memory to ask for: 1024 more, to align the start.
+extern "C" __device__ const int product_shared_bytes = SHARED_END + 1024;
+
+static_assert(EPILOGUE == 0 || EPILOGUE == 1, "EPILOGUE");
+static_assert(TILE_ROWS == 64 || TILE_ROWS == 128, "TILE_ROWS");
+static_assert(TILE_COLUMNS == 64 || TILE_COLUMNS == 128, "TILE_COLUMNS");
+static_assert(SHARED_END + 1024 <= SHARED_LIMIT, "a block of sm_90 has at most 227 KiB");
+
+// Registers after setmaxnreg: (40 + 2 * 232) * 128 = 168 * 384, of which the launch gives 168 to each thread.
+constexpr int PRODUCER_REGS = 40, CONSUMER_REGS = 232;
+
+struct alignas(64) TensorMap { u64 opaque[16]; };
+
+// Mirrored by `Params` in mtserve/kernels/product/cuda.py. Offsets and strides count elements.
+struct Params {
+    const Elem* bias;       // [N]; projection only, like all down to layer_offset
+    const int* target;      // [T]: 64 * page + offset, negative: not kept
+    Elem* pages;            // null: nothing is kept
+    long long page_stride;
+    long long layer_offset; // of the layer's K in a page; V follows 64 * width on
+    int width;              // N = 4 * width: u, v, q, k
+    int rows;               // T
+    int columns;            // N
+    int depth;              // K
+};
+
+// ---- PTX ------------------------------------------------------------------------------------
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+    asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared::cta.b64 t, [%0];\n}\n" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+    asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1;\n}\n" ::"r"(bar), "r"(bytes)
+                 : "memory");
+}
+// Returns once the phase of this parity has completed (parity 1 of a fresh barrier counts as complete).
+// No trap in the loop: with one, ptxas ignores setmaxnreg.
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
+    u32 done;
+#if SPIN_LIMIT
+    u32 polls = 0;
+#endif
+    do {
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n}\n"
+            : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+#if SPIN_LIMIT
+        if (++polls > SPIN_LIMIT) break;
+#endif
+    } while (!done);
+}
+__device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 bar, int x, int y) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+        ::"r"(to), "l"((u64)map), "r"(bar), "r"(x), "r"(y) : "memory");
+}
+__device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int x, int y) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];"
+                 ::"l"((u64)map), "r"(from), "r"(x), "r"(y) : "memory");
+}
+__device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Returns once this thread's stores have read shared memory.
+__device__ __forceinline__ void stores_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void named_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// Ties register values to this point of the program, so that no use of them moves across it.
+template <int N>
+__device__ __forceinline__ void hold(float (&x)[HALVES][N]) {
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+        for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[half][i])::"memory");
+}
+// Programmatic dependent launch: the next kernel of the stream may start once every thread block has said so (or
+// has ended), and must itself await the kernels before it ahead of reading what they wrote. Both do nothing in a
+// launch without that attribute.
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void await_kernels_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The value of lane 0, which the compiler then knows to be the same for the whole warp.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
+// Four 8 x 8 matrices; lanes 8 i .. 8 i + 7 name the rows of the i-th, of which each lane has two elements.
+__device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
+}
+__device__ __forceinline__ void store_matrices(u32 to, const u32 (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+__device__ __forceinline__ uint4 load_vector(u32 from) {
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
+    return x;
+}
+
+// Shared-memory matrix descriptor: bits 0-13 address / 16, 16-29 LBO / 16, 32-45 SBO / 16, 62-63 swizzle
+// (1: 128 bytes).
+//   K-major (A: the product's k runs along a row): the next 8 rows lie SBO away; a k-step is 32 bytes
+//       inside the row (the swizzle XORs address bits 4-6 with bits 7-9, which the advance leaves alone);
+//       LBO is not used.
+//   MN-major (B: the product's n runs along a row, its k down the rows): the next 64 columns lie LBO away,
+//       in the next box; the next 8 k lie SBO away. A k-step is 16 rows.
+constexpr u64 SWIZZLE = (u64)1 << 62;
+constexpr u64 K_MAJOR = SWIZZLE | ((u64)(8 * ROW_BYTES / 16) << 32) | ((u64)1 << 16);
+constexpr u64 MN_MAJOR = SWIZZLE | ((u64)(8 * ROW_BYTES / 16) << 32) | ((u64)(BOX_BYTES / 16) << 16);
+__device__ __forceinline__ u64 k_major(u32 address) { return K_MAJOR | (u64)(address >> 4); }
+__device__ __forceinline__ u64 mn_major(u32 address) { return MN_MAJOR | (u64)(address >> 4); }
+
+// Operand names and constraints of the sums, 16 at a time.
+#define NAMES_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define NAMES_48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SIXTEEN(d, i) FOUR(d, i), FOUR(d, i + 4), FOUR(d, i + 8), FOUR(d, i + 12)
+#define WGMMA(n, names, a, b, add) \
+    "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\n" \
+    "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." ELEM_NAME "." ELEM_NAME " {" names "}, " a ", " b \
+    ", p, 1, 1, 0, 1;\n}\n"
+
+// d = A B, or d += A B: [64, TILE_COLUMNS] by a k-step of 16; B transposed by the product.
+__device__ __forceinline__ void product_step(float (&d)[SUMS], u64 a, u64 b, int add) {
+#if TILE_COLUMNS == 64
+    asm volatile(WGMMA("64", NAMES_0 ", " NAMES_16, "%32", "%33", "%34")
+                 : SIXTEEN(d, 0), SIXTEEN(d, 16) : "l"(a), "l"(b), "r"(add));
+#else
+    asm volatile(WGMMA("128", NAMES_0 ", " NAMES_16 ", " NAMES_32 ", " NAMES_48, "%64", "%65", "%66")
+                 : SIXTEEN(d, 0), SIXTEEN(d, 16), SIXTEEN(d, 32), SIXTEEN(d, 48) : "l"(a), "l"(b), "r"(add));
+#endif
+}
+
+// ---- arithmetic -----------------------------------------------------------------------------
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 packed;
+    asm("cvt.rn." ELEM_NAME "x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+__device__ __forceinline__ float2 unpack(u32 packed) {
+#if FP16
+    float2 f;
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n"
+        : "=f"(f.x), "=f"(f.y) : "r"(packed));
+    return f;
+#else
+    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+#endif
+}
+// SiLU(x) = h (tanh(h) + 1) with h = x / 2: one approximate instruction instead of an exponential and a division.
+__device__ __forceinline__ float silu_of_half(float h) {
+    float t;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(h));
+    return fmaf(h, t, h);
+}
+
+// Position in the ring of stages; phase flips at each wrap.
+struct Ring {
+    u32 stage = 0, phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+    __device__ __forceinline__ void skip(int stages) {
+        stage += stages;
+        const u32 wraps = stage / STAGES;
+        stage -= wraps * STAGES;
+        phase ^= wraps & 1;
+    }
+};
+
+// The order of the tiles: bands of a few tiles down, all columns across, the rows of a band fastest. Tiles
+// in work at the same time so share what they read of A and of B, and A comes from memory once.
+struct Tiles {
+    int down, across, count;
+
+    __device__ __forceinline__ explicit Tiles(const Params& p) {
+        down = (p.rows + TILE_ROWS - 1) / TILE_ROWS;
+        across = (p.columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+        count = down * across;
+    }
+    __device__ __forceinline__ void place(int tile, int& row, int& column) const {
+        const int band = tile / (BAND * across), in_band = tile - band * BAND * across;
+        const int height = min(BAND, down - band * BAND);
+        const int strip = in_band / height;
+        row = (band * BAND + in_band - strip * height) * TILE_ROWS;
+        column = strip * TILE_COLUMNS;
+    }
+};
+
+// ---- producer: one thread -------------------------------------------------------------------
+struct Producer {
+    const TensorMap* a_map;
+    const TensorMap* b_map;
+    const Params& p;
+    u32 smem;
+    Tiles tiles;
+
+    __device__ __forceinline__ void load_a(u32 stage, int row, int k) const {
+        const u32 at = smem + stage * STAGE_BYTES, full = smem + FULL + 8 * stage;
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) load_box(at + half * BOX_BYTES, a_map, full, k, row + half * BOX);
+    }
+    __device__ __forceinline__ void load_b(u32 stage, int column, int k) const {
+        const u32 at = smem + stage * STAGE_BYTES + A_BYTES, full = smem + FULL + 8 * stage;
+        barrier_expect(full, STAGE_BYTES);
+#pragma unroll
+        for (int strip = 0; strip < STRIPS; ++strip) load_box(at + strip * BOX_BYTES, b_map, full, column + strip * BOX, k);
+    }
+
+    __device__ __forceinline__ void run() const {
+        int row, column;
+        tiles.place(blockIdx.x, row, column);
+        // B is constant: as much of the first tile's as there is room for comes while the kernels before this end.
+        const int early = min(p.depth, STAGES * BOX);
+        for (int k = 0; k < early; k += BOX) load_b(k / BOX, column, k);
+        await_kernels_before();
+        Ring ring;
+        for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+            tiles.place(tile, row, column);
+            for (int k = 0; k < p.depth; k += BOX) {
+                if (tile != blockIdx.x || k >= early) {
+                    barrier_wait(smem + EMPTY + 8 * ring.stage, ring.phase ^ 1);
+                    load_b(ring.stage, column, k);
+                }
+                load_a(ring.stage, row, k);
+                ring.advance();
+            }
+        }
+    }
+};
+
+// ---- consumers ------------------------------------------------------------------------------
+struct Consumer {
+    const TensorMap* c_map;
+    const Params& p;
+    u32 smem;
+    u32 c_tile;               // this warpgroup's
+    int group, warp, lane;    // warpgroup of the block, warp of the warpgroup
+    Ring ring;
+
+    __device__ __forceinline__ Consumer(const TensorMap* c_map, const Params& p, u32 smem)
+        : c_map(c_map), p(p), smem(smem) {
+        lane = threadIdx.x & 31;
+        warp = uniform((threadIdx.x >> 5) & 3);
+        group = uniform((threadIdx.x >> 7) - 1);
+        c_tile = smem + C_AT + group * C_BYTES;
+    }
+    __device__ __forceinline__ bool leads() const { return (threadIdx.x & 127) == 0; }
+    __device__ __forceinline__ void sync() const { named_sync(1 + group, 128); }
+
+    __device__ __forceinline__ void release(u32 stage) const {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(smem + EMPTY + 8 * stage);
+    }
+
+    // sum = A B of one tile. One stage's products are always queued behind those that run.
+    __device__ __forceinline__ void multiply(float (&sum)[HALVES][SUMS], u32 turn_parity) {
+        // Stages lie in the order of the tiles: until the other consumer has seen all of its own arrive,
+        // the parity of a barrier could mean its tile as well as this one.
+        barrier_wait(smem + TURN + 8 * group, turn_parity);
+        u32 last = 0;
+        for (int k = 0; k < p.depth; k += BOX) {
+            const u32 a = smem + ring.stage * STAGE_BYTES, b = a + A_BYTES;
+            barrier_wait(smem + FULL + 8 * ring.stage, ring.phase);
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < BOX / 16; ++step)
+#pragma unroll
+                for (int half = 0; half < HALVES; ++half)
+                    product_step(sum[half], k_major(a + half * BOX_BYTES + step * 32),
+                                 mn_major(b + step * 16 * ROW_BYTES), step || k);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (k) release(last);
+            last = ring.stage;
+            ring.advance();
+        }
+        if (lane == 0) barrier_arrive(smem + TURN + 8 * (group ^ 1));
+        wgmma_wait<0>();
+        release(last);
+        hold(sum);   // after the release, so that the epilogue does not delay it
+    }
+
+    // The tile of C in shared memory: STRIPS of 64 columns, rows of 128 bytes, whose 16-byte chunks are
+    // swizzled by the row. The lane's row in the four matrices of a load or store, rows (0-7, 8-15) by
+    // columns (0-7, 8-15), in the order in which wgmma gives a warp's sums.
+    __device__ __forceinline__ u32 matrices_at() const {
+        return c_tile + (warp * 16 + (lane & 15)) * ROW_BYTES;
+    }
+    __device__ __forceinline__ u32 in_strip(int half, int g) const {
+        const u32 chunk = (g & 7) ^ (lane >> 4) ^ (lane & 7);
+        return (g / 8) * STRIP_BYTES + half * BOX_BYTES + chunk * 16;
+    }
+
+#if EPILOGUE == 0
+    // The bias of the thread's columns: pairs 8 g + 2 (lane % 4).
+    __device__ __forceinline__ void load_bias(u32 (&bias)[TILE_COLUMNS / 8], int column) const {
+        const int mine = column + 2 * (lane & 3);
+#pragma unroll
+        for (int g = 0; g < TILE_COLUMNS / 8; ++g)
+            bias[g] = mine + 8 * g < p.columns ? __ldg(reinterpret_cast<const u32*>(p.bias + mine + 8 * g)) : 0;
+    }
+    __device__ __forceinline__ void to_tile(const float (&sum)[HALVES][SUMS],
+                                            const u32 (&bias)[TILE_COLUMNS / 8]) const {
+        const u32 at = matrices_at();
+#pragma unroll
+        for (int g = 0; g < TILE_COLUMNS / 8; g += 2) {
+            float2 half_bias[2] = {unpack(bias[g]), unpack(bias[g + 1])};
+#pragma unroll
+            for (int i = 0; i < 2; ++i) half_bias[i].x *= 0.5f, half_bias[i].y *= 0.5f;
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half) {
+                u32 x[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float* s = sum[half] + 4 * g + 2 * i;
+                    const float2 b = half_bias[i / 2];
+                    x[i] = pack(silu_of_half(fmaf(s[0], 0.5f, b.x)), silu_of_half(fmaf(s[1], 0.5f, b.y)));
+                }
+                store_matrices(at + in_strip(half, g), x);
+            }
+        }
+    }
+    // A warp writes its quarter of the tile's rows, 16 bytes a lane; `width` is a multiple of those 8 columns.
+    static constexpr int PAGE = 64;   // tokens
+    static constexpr int WARP_ROWS = TILE_ROWS / WARPS, VECTORS = TILE_COLUMNS / 8, AT_ONCE = 32 / VECTORS;
+    // Of row `lane` of the warp's.
+    __device__ __forceinline__ int load_target(int row) const {
+        const int mine = row + warp * WARP_ROWS + lane;
+        return p.pages && lane < WARP_ROWS && mine < p.rows ? __ldg(p.target + mine) : -1;
+    }
+    __device__ __forceinline__ void write_pages(int target, int column) const {
+        const int vector = lane % VECTORS, x = column + 8 * vector, part = x / p.width;   // 0 u, 1 v, 2 q, 3 k
+        const bool state = part == 1 || part == 3;
+        if (!__any_sync(~0u, state) || !__any_sync(~0u, target >= 0)) return;
+        Elem* to = p.pages + p.layer_offset + (part == 3 ? 0 : (long long)PAGE * p.width) + (x - part * p.width);
+        const u32 from = c_tile + (vector / 8) * STRIP_BYTES;
+#pragma unroll 4
+        for (int i = 0; i < WARP_ROWS; i += AT_ONCE) {
+            const int in_warp = i + lane / VECTORS, row = warp * WARP_ROWS + in_warp;
+            const int place = __shfl_sync(~0u, target, in_warp);
+            if (state && place >= 0) {
+                const uint4 x8 = load_vector(from + row * ROW_BYTES + (((vector ^ row) & 7) * 16));
+                const long long offset = (place / PAGE) * p.page_stride + (long long)(place % PAGE) * p.width;
+                *reinterpret_cast<uint4*>(to + offset) = x8;
+            }
+        }
+    }
+#else
+    // The old C, into shared memory that is free again. Only the leading thread comes here.
+    __device__ __forceinline__ void load_old(int row, int column) const {
+        const u32 full = smem + OLD_FULL + 8 * group;
+        barrier_expect(full, C_BYTES);
+#pragma unroll
+        for (int strip = 0; strip < STRIPS; ++strip)
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half)
+                load_box(c_tile + strip * STRIP_BYTES + half * BOX_BYTES, c_map, full, column + strip * BOX,
+                         row + half * BOX);
+    }
+    // A warp reads and writes the same elements, so that nobody else's are in the way.
+    __device__ __forceinline__ void to_tile(const float (&sum)[HALVES][SUMS]) const {
+        const u32 at = matrices_at();
+#pragma unroll
+        for (int g = 0; g < TILE_COLUMNS / 8; g += 2) {
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half) {
+                u32 x[4];
+                load_matrices(x, at + in_strip(half, g));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float* s = sum[half] + 4 * g + 2 * i;
+                    const float2 old = unpack(x[i]);
+                    x[i] = pack(old.x + s[0], old.y + s[1]);
+                }
+                store_matrices(at + in_strip(half, g), x);
+            }
+        }
+    }
+#endif
+
+    __device__ __forceinline__ void store_tile(int row, int column) const {
+        fence_async_proxy();
+        sync();
+        if (!leads()) return;
+#pragma unroll
+        for (int strip = 0; strip < STRIPS; ++strip)
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half)
+                if (row + half * BOX < p.rows && column + strip * BOX < p.columns)
+                    store_box(c_map, c_tile + strip * STRIP_BYTES + half * BOX_BYTES, column + strip * BOX,
+                              row + half * BOX);
+        stores_commit();
+    }
+
+    __device__ __forceinline__ void run() {
+        const Tiles tiles(p);
+        const int stages = (p.depth + BOX - 1) / BOX;   // of a tile
+        if (group == 1) ring.skip(stages);
+#if EPILOGUE == 1
+        // For the old C. All else that others may have written or read comes after a stage, and the producer waits.
+        if (leads()) await_kernels_before();
+#endif
+        u32 turn = 0;
+        for (int tile = blockIdx.x + group * gridDim.x; tile < tiles.count; tile += 2 * gridDim.x, ++turn) {
+            int row, column;
+            tiles.place(tile, row, column);
+            // All that can be had before the products is had before them: this warpgroup waits for its turn.
+            if (leads()) stores_wait();
+#if EPILOGUE == 0
+            u32 bias[TILE_COLUMNS / 8];
+            load_bias(bias, column);
+            const int target = load_target(row);
+            sync();
+#else
+            if (leads()) load_old(row, column);
+#endif
+            float sum[HALVES][SUMS];
+            multiply(sum, (turn + 1 + group) & 1);   // the first one's first turn waits for nobody
+#if EPILOGUE == 0
+            to_tile(sum, bias);
+            store_tile(row, column);
+            write_pages(target, column);
+#else
+            barrier_wait(smem + OLD_FULL + 8 * group, turn & 1);
+            to_tile(sum);
+            store_tile(row, column);
+#endif
+            __syncwarp();
+            ring.skip(stages);   // the other consumer's
+        }
+        if (leads()) stores_wait();
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    product(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+            const __grid_constant__ TensorMap c, const __grid_constant__ Params p) {
+    extern __shared__ unsigned char raw[];
+    const u32 smem = (shared_address(raw) + 1023) & ~1023u;
+    if (threadIdx.x == 0) {
+        let_next_start();
+        for (int i = 0; i < STAGES; ++i)
+            barrier_init(smem + FULL + 8 * i, 1), barrier_init(smem + EMPTY + 8 * i, WARPS);
+        for (int i = 0; i < 2; ++i)
+            barrier_init(smem + TURN + 8 * i, WARPS), barrier_init(smem + OLD_FULL + 8 * i, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("prefetch.tensormap [%0];" ::"l"((u64)&a) : "memory");
+        asm volatile("prefetch.tensormap [%0];" ::"l"((u64)&b) : "memory");
+        asm volatile("prefetch.tensormap [%0];" ::"l"((u64)&c) : "memory");
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGS));
+        if (threadIdx.x == 0) {
+            const Producer producer{&a, &b, p, smem, Tiles(p)};
+            producer.run();
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGS));
+        Consumer consumer(&c, p, smem);
+        consumer.run();
+    }
+}
