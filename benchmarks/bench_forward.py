@@ -184,7 +184,8 @@ class Layers:
             BatchPlan(arrays, size, PAGE_TOKENS, 0, (0, plan.rows, plan.rows), ()),
             **self.stack.work_options,
         )
-        metadata.upload(self.bucket, 0)
+        device, pinned, _ = metadata.to_copy(self.bucket, 0)
+        device.copy_(pinned)
         self.tile_rows, self.splits = work.tile_rows, work.max_splits
         direct = work.max_splits <= 1 and not deterministic
         assert work.max_splits <= self.stack.max_splits(self.bucket)

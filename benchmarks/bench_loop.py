@@ -74,12 +74,12 @@ class Timed:
         self.launches: list[float] = []
         core = engine._core
         self.runner = runner = core._runner
-        launch, upload, start = core._launch, runner._metadata.upload, runner.start
+        launch, to_copy, start = core._launch, runner._metadata.to_copy, runner.start
 
-        def upload_noted(*arguments: Any) -> None:
+        def to_copy_noted(*arguments: Any) -> Any:
             self._first = torch.cuda.Event(enable_timing=True)
             self._first.record()
-            upload(*arguments)
+            return to_copy(*arguments)
 
         def start_noted(plan: Any) -> Any:
             pending = start(plan)
@@ -94,7 +94,7 @@ class Timed:
             self.launches.append(time.perf_counter() - began)
             return flight
 
-        core._launch, runner.start, runner._metadata.upload = launch_noted, start_noted, upload_noted
+        core._launch, runner.start, runner._metadata.to_copy = launch_noted, start_noted, to_copy_noted
 
     def forget(self) -> None:
         torch.cuda.synchronize()
@@ -137,17 +137,13 @@ def config_of(batch: int) -> EngineConfig:
     return EngineConfig(gpu_cache="50%", host_cache="0", max_batch_requests=batch)
 
 
-def drive(engine: Engine, traffic: Traffic, batch: int, batches: int) -> list[float]:
-    """Seconds of each step; the queue holds a batch when one is begun."""
-    steps = []
-    for _ in range(batches):
-        for _ in range(batch):
-            traffic.submit(engine)
-        engine._loop.run_inbox()
-        began = time.perf_counter()
+def drive(engine: Engine, traffic: Traffic, requests: int) -> None:
+    """Ask, and step until all is answered."""
+    for _ in range(requests):
+        traffic.submit(engine)
+    engine._loop.run_inbox()
+    while engine._core.busy():
         engine._core.step()
-        steps.append(time.perf_counter() - began)
-    return steps
 
 
 def measure_steps(model: Any, users: int, batch: int, history: int, batches: int, seed: int) -> dict[str, Any]:
@@ -155,13 +151,15 @@ def measure_steps(model: Any, users: int, batch: int, history: int, batches: int
     traffic = Traffic(model.schema, users, history, seed)
     with Engine(model, config_of(batch), start=False) as engine:
         traffic.start(engine)
-        drive(engine, traffic, batch, WARM_UP)
+        drive(engine, traffic, users)  # cold
+        drive(engine, traffic, WARM_UP * batch)
         # Requests first, so that nothing but steps lies between batches.
         for _ in range(batches * batch):
             traffic.submit(engine)
         engine._loop.run_inbox()
         timed = Timed(engine)
         timed.forget()
+        timed.runner.rows = timed.runner.padded_rows = 0
         began, steps = time.perf_counter(), []
         while engine._core.busy():
             step_began = time.perf_counter()

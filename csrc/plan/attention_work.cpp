@@ -12,6 +12,7 @@ namespace mtserve {
 namespace {
 
 constexpr int64_t kMaxTokens = int64_t{1} << 24;  // of a slot's prefix, and rows of a batch
+constexpr int32_t kGroup = 64;                    // rows of a warpgroup
 
 // Microseconds of one key block of 64 for a tile of which 1 .. 3 warpgroups have rows, of an item beside
 // its blocks, fitted to an H200 (benchmarks/bench_attention.py prints what they predict). Only ratios
@@ -61,7 +62,27 @@ struct Run {
 
 int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
-void check(const WorkRequest& r) {
+// The least and the most of `count` limits, and 0.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target_clones("avx2", "default")))
+#endif
+void bounds(const int32_t* limits, int32_t count, int32_t& least, int32_t& most) {
+    int32_t low = 0, high = 0;
+    for (int32_t i = 0; i < count; ++i) {
+        low = limits[i] < low ? limits[i] : low;
+        high = limits[i] > high ? limits[i] : high;
+    }
+    least = low;
+    most = high;
+}
+
+// What the rows of a batch see at most, 64 by 64: slot b's are [first[b], first[b + 1]). Read once, for all tiles.
+struct Groups {
+    std::vector<size_t> first;
+    std::vector<int32_t> most;
+};
+
+Groups check(const WorkRequest& r) {
     if (r.heads < 1 || r.heads > 1024) throw invalid_argument("heads", std::to_string(r.heads) + " is not in 1..1024");
     if (r.head_dim != 32 && r.head_dim != 64 && r.head_dim != 128 && r.head_dim != 256)
         throw invalid_argument("head_dim", std::to_string(r.head_dim) + " is not one of 32, 64, 128, 256");
@@ -72,30 +93,35 @@ void check(const WorkRequest& r) {
     if (r.tile_rows != 0 && r.tile_rows != 128 && (r.tile_rows != 192 || r.head_dim == 256))
         throw invalid_argument("tile_rows", std::to_string(r.tile_rows) + " is not 128, or 192 with head dims up to 128");
     if (r.rows > kMaxTokens) throw invalid_argument("limits", "more than 2^24 rows");
+    Groups groups{{0}, {}};
     int64_t next = 0;
     for (int64_t b = 0; b < r.slot_count; ++b) {
         const int32_t* slot = r.slots + 4 * b;
-        const std::string at = "slots[" + std::to_string(b) + "]";
+        const auto refuse = [b](const char* why) { throw invalid_argument("slots[" + std::to_string(b) + "]", why); };
         if (slot[0] < 0 || slot[1] < 0 || int64_t{slot[0]} + slot[1] > kMaxTokens)
-            throw invalid_argument(at, "cached and delta must be >= 0 and together at most 2^24");
-        if (slot[3] < slot[1]) throw invalid_argument(at, "has fewer rows than new tokens");
-        if (slot[2] != next) throw invalid_argument(at, "first_row is not where the rows of the slot before end");
+            refuse("cached and delta must be >= 0 and together at most 2^24");
+        if (slot[3] < slot[1]) refuse("has fewer rows than new tokens");
+        if (slot[2] != next) refuse("first_row is not where the rows of the slot before end");
         next += slot[3];
         if (next > r.rows) break;
-        int32_t most = 0, least = 0;
-        for (int64_t row = slot[2]; row < next; ++row) {
-            most = std::max(most, r.limits[row]);
-            least = std::min(least, r.limits[row]);
+        for (int64_t row = slot[2]; row < next; row += kGroup) {
+            int32_t least, most;
+            bounds(r.limits + row, static_cast<int32_t>(std::min<int64_t>(kGroup, next - row)), least, most);
+            if (least < 0 || most > slot[0] + slot[1])
+                throw invalid_argument("limits", "a row of slots[" + std::to_string(b) + "] sees more than its prefix, or less than nothing");
+            groups.most.push_back(most);
         }
-        if (least < 0 || most > slot[0] + slot[1])
-            throw invalid_argument("limits", "a row of " + at + " sees more than its prefix, or less than nothing");
+        groups.first.push_back(groups.most.size());
     }
     if (next != r.rows) throw invalid_argument("limits", "needs one limit a row of the slots");
+    return groups;
 }
 
 class Planner {
 public:
-    Planner(const WorkRequest& request, const Costs& costs) : request_(request), costs_(costs) {
+    // `bound`: the estimate to beat; nothing is kept that does not.
+    Planner(const WorkRequest& request, const Groups& groups, const Costs& costs, double bound = 1e300)
+        : request_(request), groups_(groups), costs_(costs), best_(bound) {
         const double narrow = request.head_dim == 32 ? kNarrow[0] : request.head_dim == 64 ? kNarrow[1] : 1.0;
         for (int64_t b = 0; b < request.slot_count; ++b) add_tiles(static_cast<int32_t>(b), narrow);
         // All heads of an item run side by side, so that sms / heads items are under way at a time.
@@ -136,8 +162,8 @@ private:
         const int32_t chunk = request_.deterministic ? std::max(kLeastChunk, ceil_div(most_blocks, wide() ? kChunksWide : kChunks)) : 0;
         for (int32_t at = 0; at < slot[3]; at += costs_.tile_rows) {
             const int32_t row = slot[2] + at, rows = std::min(costs_.tile_rows, slot[3] - at);
-            int32_t most = 0;  // by a plain loop, which becomes vector code
-            for (int32_t i = row; i < row + rows; ++i) most = std::max(most, request_.limits[i]);
+            const int32_t* most_of = groups_.most.data() + groups_.first[index] + at / kGroup;
+            const int32_t most = *std::max_element(most_of, most_of + ceil_div(rows, kGroup));
             const int32_t blocks =
                 most <= slot[0] ? ceil_div(most, kBlockTokens) : pages + ceil_div(most - slot[0], kBlockTokens);
             tiles_.push_back({index, row, rows, blocks, chunk, narrow * costs_.block[ceil_div(rows, kBlockTokens) - 1]});
@@ -287,13 +313,14 @@ private:
     }
 
     const WorkRequest& request_;
+    const Groups& groups_;
     const Costs& costs_;
     std::vector<Tile> tiles_;
     std::vector<Run> runs_, order_, by_slot_, kept_;
     std::vector<double> lane_ends_;
     int32_t lanes_ = 1;
     double total_ = 0.0;
-    double best_ = 1e300;
+    double best_;
 };
 
 WorkPlan write(const Planner& planner, const WorkRequest& request, const WorkOut& out) {
@@ -318,23 +345,22 @@ WorkPlan write(const Planner& planner, const WorkRequest& request, const WorkOut
 }  // namespace
 
 WorkPlan plan_attention_work(const WorkRequest& request, const WorkOut& out) {
-    check(request);
+    const Groups groups = check(request);
     if (out.splits_size < request.rows) throw invalid_argument("out_splits", "needs one entry a row");
-    const bool wide = request.head_dim == 256;
-    const auto planned = [&](const Costs& costs) {
-        Planner planner(request, costs);
+    const auto planned = [&](const Costs& costs, double bound = 1e300) {
+        Planner planner(request, groups, costs, bound);
         if (request.deterministic && request.pieces == 1) planner.choose_whole();
         else if (request.deterministic) planner.choose_chunks();
         else if (request.pieces) planner.choose_uniform(request.pieces);
         else planner.choose();
         return planner;
     };
-    if (wide) return write(planned(kTiles128Wide), request, out);
+    if (request.head_dim == 256) return write(planned(kTiles128Wide), request, out);
     if (request.tile_rows == 128) return write(planned(kTiles128), request, out);
-    Planner tiles192 = planned(kTiles192);
-    if (request.tile_rows == 192) return write(tiles192, request, out);
-    Planner tiles128 = planned(kTiles128);
-    return write(tiles192.estimate() < tiles128.estimate() ? tiles192 : tiles128, request, out);
+    const Planner tiles192 = planned(kTiles192);
+    if (request.tile_rows == 192 || tiles192.tiles().empty()) return write(tiles192, request, out);
+    const Planner tiles128 = planned(kTiles128, tiles192.estimate());
+    return write(tiles128.runs().empty() ? tiles192 : tiles128, request, out);
 }
 
 }  // namespace mtserve

@@ -15,6 +15,7 @@ from mtserve.engine.heads import TaskHeads
 from mtserve.engine.metadata import Capacity, Metadata, bucket_rows
 from mtserve.engine.stack import Stack
 from mtserve.engine.tokens import TokenEmbedding
+from mtserve.kernels.cuda.driver import Event, copy_to_device, copy_to_host, launch_graph
 from mtserve.model.ranking import RankingModel
 
 # Graphs kept at once; the least recently used goes first. A graph of 8 layers takes a few hundred KiB.
@@ -33,14 +34,13 @@ class GraphKey(NamedTuple):
 class Launched:
     """A batch on its way; its states are in their pages and its logits here when `done` has passed."""
 
-    logits: torch.Tensor
-    done: torch.cuda.Event
+    logits: npt.NDArray[np.float32]
+    done: Event
 
     def result(self) -> npt.NDArray[np.float32]:
         """float32 [candidates of the batch, tasks] logits; waits for them."""
         self.done.synchronize()
-        # The pinned buffer is another batch's after the next.
-        return self.logits.numpy().copy()
+        return self.logits.copy()  # the pinned buffer and the event are another batch's after the next
 
 
 class GraphRunner:
@@ -61,7 +61,7 @@ class GraphRunner:
             self._heads = TaskHeads(model)
             self._metadata = Metadata(capacity, model.device)
             self._logits = torch.zeros(capacity.rows, tasks, dtype=torch.float32, device=model.device)
-            self._pinned = [torch.zeros(capacity.rows, tasks, pin_memory=True) for _ in range(2)]
+            self._answers = [(torch.zeros(capacity.rows, tasks, pin_memory=True), Event()) for _ in range(2)]
         self._graphs: OrderedDict[GraphKey, torch.cuda.CUDAGraph] = OrderedDict()
         self.padded_rows = 0  # rows computed for nothing, of all
         self.rows = 0
@@ -70,16 +70,20 @@ class GraphRunner:
         """Where the next batch is to be laid out; the batch under way keeps its own."""
         return self._metadata.room(bucket_rows(size.rows))
 
-    @torch.inference_mode()
     def start(self, plan: BatchPlan) -> Launched:
         """Launch the batch laid out in `room`; nothing here waits for the device. At most one other may be under way."""
         self.launch(self.stage(plan))
-        self._pinned.reverse()
-        logits = self._pinned[0][: plan.candidates]
-        logits.copy_(self._logits[: plan.candidates], non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+        self._answers.reverse()
+        pinned, done = self._answers[0]
+        logits = pinned[: plan.candidates].numpy()
+        stream = self._stream()
+        if logits.nbytes:
+            copy_to_host(pinned.data_ptr(), self._logits.data_ptr(), logits.nbytes, stream)
+        done.record(stream)
         return Launched(logits, done)
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self._model.device).cuda_stream
 
     def stage(self, plan: BatchPlan) -> GraphKey:
         """Plan the attention's work and start the copy to the device; the graph that the batch needs."""
@@ -88,13 +92,13 @@ class GraphRunner:
         work = self._metadata.plan_attention(bucket, plan, **options)
         if work.max_splits > self._stack.max_splits(bucket):
             work = self._metadata.plan_attention(bucket, plan, **options, pieces=1)
-        self._metadata.upload(bucket, plan.raw_bytes)
+        device, pinned, size = self._metadata.to_copy(bucket, plan.raw_bytes)
+        copy_to_device(device.data_ptr(), pinned.data_ptr(), size, self._stream())
         self.rows += bucket
         self.padded_rows += bucket - plan.rows
         direct = work.max_splits <= 1 and not options["deterministic"]  # a rounded sum is another than an unrounded one
         return GraphKey(bucket, work.tile_rows, direct)
 
-    @torch.inference_mode()
     def launch(self, key: GraphKey) -> None:
         """The forward over the staged batch, on the current stream."""
         if not self._capture:
@@ -104,8 +108,9 @@ class GraphRunner:
         if graph is None:
             graph = self._record(key)
         self._graphs.move_to_end(key)
-        graph.replay()
+        launch_graph(graph.raw_cuda_graph_exec(), self._stream())
 
+    @torch.inference_mode()
     def _run(self, key: GraphKey) -> None:
         bucket, metadata, x = key.rows, self._metadata, self._stack.buffers.x[: key.rows]
         names = ("tiles", "row", "source", "position", "bucket", "raw")
@@ -115,6 +120,7 @@ class GraphRunner:
         row, counts = metadata.on_device(bucket, "row"), metadata.on_device(bucket, "counts")[2:]
         self._heads.run(x, self._stack.final_offset, row, counts, self._logits[:bucket])
 
+    @torch.inference_mode()
     def _record(self, key: GraphKey) -> torch.cuda.CUDAGraph:
         """Capture on demand, after a run outside that compiles and loads what is lazy.
 

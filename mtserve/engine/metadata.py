@@ -62,6 +62,15 @@ class Section:
         return self.first + int(np.prod(self.shape))
 
 
+class Host(NamedTuple):
+    """A pinned buffer's arrays as a bucket has them: the planner's, and what the attention's work is planned into."""
+
+    arrays: BatchArrays
+    splits: npt.NDArray[np.int32]
+    work: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int32]
+
+
 class Metadata:
     """Pinned buffers and their device twin.
 
@@ -76,7 +85,7 @@ class Metadata:
         words = self._sections(capacity.rows)["raw"].last
         self._pinned = [torch.zeros(words, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(words, dtype=torch.int32, device=device)
-        self._views: list[dict[int, dict[str, npt.NDArray[np.int32]]]] = [{}, {}]
+        self._views: list[dict[int, Host]] = [{}, {}]
         self._turn = 0
 
     def _sections(self, rows: int) -> dict[str, Section]:
@@ -105,9 +114,7 @@ class Metadata:
     def room(self, bucket: int) -> BatchArrays:
         """Where the next batch is to be laid out: the other pinned buffer, as a batch of `bucket` rows."""
         self._turn ^= 1
-        host = self._host(bucket)
-        names = ("slots", "page_table", "limit", "group", "target", "tiles", "row", "source", "position", "bucket")
-        return BatchArrays(**{name: host[name] for name in names}, raw=host["raw"].view(np.uint8))
+        return self._host(bucket).arrays
 
     def plan_attention(
         self, bucket: int, plan: BatchPlan, *, heads: int, head_dim: int, sms: int, deterministic: bool, pieces: int = 0
@@ -115,16 +122,15 @@ class Metadata:
         """Plan the attention's work of the batch that was laid out in `room`."""
         host = self._host(bucket)
         work = plan_work(
-            host["slots"][: plan.slots], host["limit"][: plan.rows], heads=heads, head_dim=head_dim, sms=sms,
-            deterministic=deterministic, out_work=host["work"], out_splits=host["splits"], pieces=pieces,
+            host.arrays.slots[: plan.slots], host.arrays.limit[: plan.rows], heads=heads, head_dim=head_dim, sms=sms,
+            deterministic=deterministic, out_work=host.work, out_splits=host.splits, pieces=pieces,
         )  # fmt: skip
-        host["counts"][:] = work.items, 0, plan.first_candidate, plan.candidates
+        host.counts[:] = work.items, 0, plan.first_candidate, plan.candidates
         return work
 
-    def upload(self, bucket: int, raw_bytes: int) -> None:
-        """Start the one copy to the device, on the current stream."""
-        words = self._sections(bucket)["raw"].first + -(-raw_bytes // 4)
-        self._device[:words].copy_(self._pinned[self._turn][:words], non_blocking=True)
+    def to_copy(self, bucket: int, raw_bytes: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """The one copy to make: the device's buffer, the pinned one, and how many bytes from the start of each."""
+        return self._device, self._pinned[self._turn], 4 * self._sections(bucket)["raw"].first + raw_bytes
 
     def on_device(self, bucket: int, name: str) -> torch.Tensor:
         """The device's view of one section of a bucket."""
@@ -137,12 +143,15 @@ class Metadata:
         views = {name: self.on_device(bucket, name) for name in names}
         return AttentionWork(**views, count=self.on_device(bucket, "counts")[:1], tile_rows=tile_rows)
 
-    def _host(self, bucket: int) -> dict[str, npt.NDArray[np.int32]]:
+    def _host(self, bucket: int) -> Host:
         views = self._views[self._turn]
         if bucket not in views:
-            buffer = self._pinned[self._turn]
-            views[bucket] = {
-                name: buffer[section.first : section.last].view(section.shape).numpy()
+            buffer = self._pinned[self._turn].numpy()
+            host = {
+                name: buffer[section.first : section.last].reshape(section.shape)
                 for name, section in self._sections(bucket).items()
             }
+            arrays = {name: host[name] for name in BatchArrays._fields if name != "raw"}
+            raw = host["raw"].view(np.uint8)
+            views[bucket] = Host(BatchArrays(**arrays, raw=raw), host["splits"], host["work"], host["counts"])
         return views[bucket]

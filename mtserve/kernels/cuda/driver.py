@@ -1,6 +1,7 @@
 """The few calls of the CUDA driver that our kernels need, over ctypes: every return code is checked.
 
-Uses the context that torch made current; a caller elsewhere enters `torch.cuda.device` first.
+Uses the context that torch made current; a caller elsewhere enters `torch.cuda.device` first. Calls that only queue
+work keep the interpreter's lock: they are over sooner than other threads would give it back.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _SWIZZLES = {64: 2, 128: 3}  # by bytes of a box's row
 _L2_PROMOTION_256_BYTES = 3
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_EVENT_DISABLE_TIMING = 2
 
 
 class CudaError(FailedPrecondition):
@@ -46,19 +48,62 @@ class _LaunchConfig(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def _library(*, keeps_lock: bool = False) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL("libcuda.so.1")
+        return (ctypes.PyDLL if keeps_lock else ctypes.CDLL)("libcuda.so.1")
     except OSError as error:
         raise CudaError(f"the CUDA driver could not be loaded: {error}", field="libcuda.so.1") from None
 
 
-def _call(name: str, *arguments: Any) -> None:
-    code = getattr(_library(), name)(*arguments)
+@cache
+def _function(name: str, keeps_lock: bool) -> Any:
+    return getattr(_library(keeps_lock=keeps_lock), name)
+
+
+def _check(name: str, code: int) -> None:
     if code:
         text = ctypes.c_char_p()
         _library().cuGetErrorString(code, ctypes.byref(text))
         raise CudaError(f"error {code}: {(text.value or b'unknown').decode()}", field=name)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    _check(name, _function(name, False)(*arguments))
+
+
+def _queue(name: str, *arguments: Any) -> None:
+    _check(name, _function(name, True)(*arguments))
+
+
+def copy_to_device(to: int, source: int, size: int, stream: int) -> None:
+    """Queue a copy of `size` bytes from the pinned address `source` to the device's address `to`."""
+    _queue("cuMemcpyHtoDAsync_v2", *map(ctypes.c_void_p, (to, source)), ctypes.c_size_t(size), ctypes.c_void_p(stream))
+
+
+def copy_to_host(to: int, source: int, size: int, stream: int) -> None:
+    """Queue a copy of `size` bytes from the device's address `source` to the pinned address `to`."""
+    _queue("cuMemcpyDtoHAsync_v2", *map(ctypes.c_void_p, (to, source)), ctypes.c_size_t(size), ctypes.c_void_p(stream))
+
+
+def launch_graph(executable: int, stream: int) -> None:
+    """Queue an instantiated graph (`torch.cuda.CUDAGraph.raw_cuda_graph_exec`)."""
+    _queue("cuGraphLaunch", ctypes.c_void_p(executable), ctypes.c_void_p(stream))
+
+
+class Event:
+    """A place on a stream to wait for; used again and again."""
+
+    def __init__(self) -> None:
+        self._handle = ctypes.c_void_p()
+        _call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(_EVENT_DISABLE_TIMING))
+
+    def record(self, stream: int) -> None:
+        """Mark where the stream stands."""
+        _queue("cuEventRecord", self._handle, ctypes.c_void_p(stream))
+
+    def synchronize(self) -> None:
+        """Wait, without the interpreter's lock, until the device has come to where the event was recorded last."""
+        _call("cuEventSynchronize", self._handle)
 
 
 class Module:
