@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <optional>
 
 #include "../plan/bindings.h"
 #include "allocator.h"
@@ -135,6 +136,8 @@ nb::tuple stats(const Index& index) {
                           from.invalidated);
 }
 
+constexpr int64_t kLongHash = 1 << 16;  // bytes
+
 void extend(nb::handle out, nb::handle rows, uint64_t seed) {
     const Buffer to(out, "chain_out", PyBUF_FORMAT | PyBUF_WRITABLE);
     const Buffer from(rows, "rows");
@@ -142,7 +145,9 @@ void extend(nb::handle out, nb::handle rows, uint64_t seed) {
     if (from.rank() < 1 || from.extent(0) != chain.size)
         throw invalid_argument("rows", "needs one row for each of chain_out's " + std::to_string(chain.size) + " entries");
     const size_t row_bytes = chain.size ? static_cast<size_t>(from.bytes() / chain.size) : 0;
-    const nb::gil_scoped_release unlocked;
+    // A few rows are hashed sooner than the interpreter's lock comes back, once other threads wait for it.
+    std::optional<nb::gil_scoped_release> unlocked;
+    if (from.bytes() > kLongHash) unlocked.emplace();
     extend_chain(to.data<uint64_t>(), from.data<uint8_t>(), static_cast<size_t>(chain.size), row_bytes, seed);
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mtserve.engine.sequence import UserSequence
-from mtserve.model.mask import candidate_limits
+from mtserve.model.mask import Groups, candidate_limits
 from mtserve.model.tokeniser import gap_buckets
 from mtserve.types import Rows, ScoreResult
 
@@ -77,14 +77,25 @@ def make_job(
     """A job whose unset exposure times (-1) become "now", after every behaviour known."""
     candidates = np.ascontiguousarray(candidates)
     times, exposure = sequence.kept["time_ms"], candidates["time_ms"]
+    last = int(times[-1]) if len(times) else -1
     unset = exposure < 0
     if unset.any():
-        last = int(times[-1]) if len(times) else -1
         candidates = candidates.copy()
         candidates["time_ms"][unset] = max(int(now * 1000), last + 1)
         exposure = candidates["time_ms"]
-    groups = sequence.groups
-    limits = candidate_limits(groups, times[groups.static :], exposure)
-    seen = limits - groups.user  # visible behaviours; the last of them dates the candidate's recency
-    recency = np.where(seen > 0, exposure - times[seen - 1], 0) if len(times) else np.zeros(len(candidates), np.int64)
+    limits, recency = _visible(sequence.groups, times, last, exposure)
     return Job(sequence, candidates, limits, gap_buckets(recency), future, now, deadline)
+
+
+def _visible(
+    groups: Groups, times: npt.NDArray[np.int64], last: int, exposure: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Each candidate's limit, and ms from the last behaviour that it sees to its exposure (0 when it sees none)."""
+    if len(exposure) and int(exposure.min()) > last:
+        # All see all, as when scoring is live. A search would first copy the times out of their rows.
+        recency = exposure - last if len(times) else np.zeros(len(exposure), np.int64)
+        return np.full(len(exposure), groups.prefix, np.int32), recency
+    limits = candidate_limits(groups, times[groups.static :], exposure)
+    seen = limits - groups.user
+    recency = np.where(seen > 0, exposure - times[seen - 1], 0) if len(times) else np.zeros(len(exposure), np.int64)
+    return limits, recency

@@ -68,19 +68,22 @@ class SequenceCache:
         return self._changing[_stripe(user_id)]
 
     def appended(self, user_id: str, rows: Rows, position: int) -> tuple[UserSequence, UserSequence] | None:
-        """Tell of a durable append that ended at `position`; (before, after) when the user's sequence is in memory."""
+        """Tell of a durable append that ended at `position`; (before, after) when the user's sequence is in memory.
+
+        The caller holds `changing(user_id)`, so that the entry can grow outside the lock that all users share.
+        """
         with self._lock:
             self._changes[_stripe(user_id)] += 1
-            entry = self._entries.pop(user_id, None)
-            if entry is None:
-                return None
-            self._bytes -= entry.bytes
-            before = entry.sequence
-            if before.position + len(rows) != position:
-                return None  # another append of this user came between: read both from the store
-            self._grow(entry, rows)
-            self._insert(user_id, entry)
-            return before, entry.sequence
+            entry, builder = self._entries.pop(user_id, None), self.builder
+            self._bytes -= entry.bytes if entry is not None else 0
+        if entry is None or entry.sequence.position + len(rows) != position:
+            return None  # not here, or another append of this user came between: read both from the store
+        before = entry.sequence
+        _grow(entry, rows, builder)
+        with self._lock:
+            if self.builder is builder:
+                self._insert(user_id, entry)
+        return before, entry.sequence
 
     def forget(self, user_id: str) -> None:
         """Tell of any other durable change of the user."""
@@ -113,24 +116,25 @@ class SequenceCache:
         while self._bytes > self.capacity_bytes and self._entries:
             self._bytes -= self._entries.popitem(last=False)[1].bytes
 
-    def _grow(self, entry: _Entry, rows: Rows) -> None:
-        if len(rows) == 0:
-            return
-        old = entry.sequence
-        used = old.position - entry.first
-        limit = 2 * self.builder.config.max_history + len(rows)
-        if used + len(rows) > len(entry.rows):
-            skip = max(0, used + len(rows) - limit)  # rows that no later cut can reach
-            entry.rows, entry.first, used = _enlarged(entry.rows[skip:used], len(rows)), entry.first + skip, used - skip
-        entry.rows[used : used + len(rows)] = rows
-        history = History(entry.features, entry.first, entry.rows[: used + len(rows)])
-        if len(old.chain) + len(rows) > len(entry.chain):
-            entry.chain = _enlarged(old.chain, len(rows))
-        grown = self.builder.grow(old, history, entry.chain)
-        if grown is None:
-            grown = self.builder.build(old.user_id, history)
-            entry.chain = grown.chain
-        entry.sequence = grown
+
+def _grow(entry: _Entry, rows: Rows, builder: SequenceBuilder) -> None:
+    if len(rows) == 0:
+        return
+    old = entry.sequence
+    used = old.position - entry.first
+    limit = 2 * builder.config.max_history + len(rows)
+    if used + len(rows) > len(entry.rows):
+        skip = max(0, used + len(rows) - limit)  # rows that no later cut can reach
+        entry.rows, entry.first, used = _enlarged(entry.rows[skip:used], len(rows)), entry.first + skip, used - skip
+    entry.rows[used : used + len(rows)] = rows
+    history = History(entry.features, entry.first, entry.rows[: used + len(rows)])
+    if len(old.chain) + len(rows) > len(entry.chain):
+        entry.chain = _enlarged(old.chain, len(rows))
+    grown = builder.grow(old, history, entry.chain)
+    if grown is None:
+        grown = builder.build(old.user_id, history)
+        entry.chain = grown.chain
+    entry.sequence = grown
 
 
 def _enlarged(values: np.ndarray, more: int) -> np.ndarray:  # type: ignore[type-arg]
