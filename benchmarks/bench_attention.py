@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mtserve.kernels.attention.cuda import AttentionKernel  # noqa: E402
-from mtserve.kernels.attention.work import BLOCK, build_work  # noqa: E402
+from mtserve.kernels.attention.work import BLOCK, FIRST_HALF_SHIFT, build_work, sum_partial  # noqa: E402
 from mtserve.provenance import stamp  # noqa: E402
 
 HEADS, N = 4, 1000
@@ -116,8 +116,7 @@ class Problem:
         """fp32 [len(rows), H * D], the partial sums added."""
         if self.out.ndim == 2:
             return self.out[rows].float()
-        used = torch.arange(len(self.out), device=self.device)[:, None] < self.work.splits[rows]
-        return self.out[:, rows].masked_fill(~used[..., None], 0.0).sum(0)
+        return sum_partial(self.out[:, rows], self.work.splits[rows], halves=self.kernel.deterministic)
 
     def check(self) -> float:
         """Relative L2 of some rows of the first and last slot against fp32. Exits when it is too large."""
@@ -166,6 +165,11 @@ class Problem:
         return statistics.median(times)
 
     @property
+    def partial_sums(self) -> int:
+        """Of all rows."""
+        return int((self.work.splits & (1 << FIRST_HALF_SHIFT) - 1).sum())
+
+    @property
     def flop(self) -> float:
         """4 H D a visible key, a candidate's own included."""
         return 4.0 * self.width * (float(self.limits.sum()) + self.case.batch * self.case.candidates)
@@ -190,7 +194,7 @@ def measure(problem: Problem, **options: Any) -> dict[str, Any]:
         "items": problem.planned.items,
         "splits": problem.planned.max_splits,
         "tile_rows": problem.planned.tile_rows,
-        "partials_mb": round(float(problem.work.splits.sum()) * problem.width * 4 / 1e6, 1) if split else 0.0,
+        "partials_mb": round(problem.partial_sums * problem.width * 4 / 1e6, 1) if split else 0.0,
     }
 
 

@@ -24,8 +24,9 @@
 //   WARPGROUPS  2: tiles of 128 rows, any head dim. 3: tiles of 192 rows, head dim <= 128; a K/V tile
 //               then serves more rows, which pays where there are rows enough (measured: +20% on long
 //               prefixes), and costs where there are few.
-//   CHUNKED     0. With 1 a row's sum is made of chunks of blocks that the work list fixes for its slot, summed in
-//               order within a unit and by whoever adds up partial sums: the same bits however units are cut.
+//   CHUNKED     0. With 1 a row's sum is made of chunks of blocks that the work list fixes for its slot: the first half
+//               of them added in order, the second likewise, then the two, partly within a unit and partly by whoever
+//               adds up partial sums. It has the same bits however units are cut.
 //   SPIN_LIMIT  0. For debugging: polls after which a barrier gives up, so that a hang becomes a wrong result.
 
 #ifndef HEAD_DIM
@@ -113,7 +114,7 @@ struct alignas(64) TensorMap { u64 opaque[16]; };
 // Mirrored by `Params` in mtserve/kernels/attention/cuda.py.
 struct Params {
     const Elem* uvqk;     // [T, 4, H, D]: u, v, q, k; u is never read
-    const int4* work;     // [capacity][2]: slot, row, rows, begin | end, split, chunk, 0
+    const int4* work;     // [capacity][2]: slot, row, rows, begin | end, split, chunk, half
     const int* count;     // [1]: items of the work list
     const int4* slots;    // [B]: cached, delta, first_row, rows
     const int* table;     // [B, table_width]: page ids
@@ -337,7 +338,8 @@ struct Unit {
     int row, rows;        // of the tile
     int begin, blocks;    // the run of key blocks
     int split;
-    int chunk;            // CHUNKED: blocks of a sum; the unit's sums are added one by one
+    int chunk;            // CHUNKED: blocks of a chunk
+    int half;             // CHUNKED: where the chunks of the second half begin, in a unit that has some of both; else 0
     int cached, delta, first_row;   // of the slot
 };
 static_assert(sizeof(Unit) <= 64, "UNIT_AT has 64 bytes");
@@ -392,7 +394,8 @@ struct Producer {
     __device__ __forceinline__ void run_unit(int4 w0, int4 w1, int head) {
         const int4 slot = __ldg(p.slots + w0.x);
         const int* table = p.table + (long long)w0.x * p.table_width;
-        const Unit unit{head, w0.y, w0.z, w0.w, w1.x - w0.w, w1.y, w1.z, slot.x, slot.y, slot.z};
+        const Unit unit{head, w0.y, w0.z, w0.w, w1.x - w0.w, w1.y, CHUNKED ? w1.z : 0, CHUNKED ? w1.w : 0,
+                        slot.x, slot.y, slot.z};
         const int pages = (slot.x + BLOCK - 1) / BLOCK, x = head * D;
         int ids = 0;          // lane l holds the page id of block begin + 32 g + l
         int v_row = 0;        // V comes one block behind K
@@ -630,17 +633,22 @@ __device__ __forceinline__ void own_sums(float (&o)[D / 2], const Params& p, lon
     }
 }
 
-// Row r (0, 1) of the thread's two, times `scale`. `add`: onto what the thread stored there before. The addition is L2's,
-// which nobody waits for; it is no race, as only this thread ever writes there, in order.
+// Row r (0, 1) of the thread's two: into split `split`, onto the chunks closed before where there are any. These are
+// either `kept`, or (null) stored there already: the addition is then L2's, which nobody waits for, and it is no race,
+// as only this thread ever writes there, in order. Products are rounded before they are added, so that adding here
+// and adding partial sums later give the same bits.
 __device__ __forceinline__ void store_row(const float (&o)[D / 2], const Params& p, int r, long long row, int split,
-                                          int head, int lane, float scale, bool add) {
+                                          int head, int lane, const float* kept, bool add) {
     const long long at = row * p.heads * D + head * D + 2 * (lane & 3);
     if (p.partial) {
         float* to = reinterpret_cast<float*>(p.out) + split * p.split_stride + at;
 #pragma unroll
         for (int g = 0; g < D / 8; ++g) {
-            const float2 sum = make_float2(__fmul_rn(o[4 * g + 2 * r], scale), __fmul_rn(o[4 * g + 2 * r + 1], scale));
-            if (add)
+            const int i = 4 * g + 2 * r;
+            float2 sum = make_float2(__fmul_rn(o[i], p.inv_n), __fmul_rn(o[i + 1], p.inv_n));
+            if (KEPT_SUMS && add)
+                sum = make_float2(__fadd_rn(kept[i * 128], sum.x), __fadd_rn(kept[(i + 1) * 128], sum.y));
+            if (CHUNKED && !KEPT_SUMS && add)
                 asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to + 8 * g), "f"(sum.x), "f"(sum.y) : "memory");
             else
                 *reinterpret_cast<float2*>(to + 8 * g) = sum;
@@ -649,27 +657,18 @@ __device__ __forceinline__ void store_row(const float (&o)[D / 2], const Params&
         Elem* to = reinterpret_cast<Elem*>(p.out) + at;
 #pragma unroll
         for (int g = 0; g < D / 8; ++g)
-            *reinterpret_cast<u32*>(to + 8 * g) = pack(o[4 * g + 2 * r] * scale, o[4 * g + 2 * r + 1] * scale);
+            *reinterpret_cast<u32*>(to + 8 * g) = pack(o[4 * g + 2 * r] * p.inv_n, o[4 * g + 2 * r + 1] * p.inv_n);
     }
 }
 
-// The thread's sum of closed chunks, each rounded as whoever sums partial sums finds it: adding here or there gives
-// the same bits.
-struct KeptSum {
-    float* at;
-    float scale;
-    __device__ __forceinline__ void close(const float (&o)[D / 2], bool add) const {
+// Puts a closed chunk's sum to the thread's others.
+__device__ __forceinline__ void keep(float* kept, const float (&o)[D / 2], float scale, bool add) {
 #pragma unroll
-        for (int i = 0; i < D / 2; ++i) {
-            const float sum = __fmul_rn(o[i], scale);
-            at[i * 128] = add ? __fadd_rn(at[i * 128], sum) : sum;
-        }
+    for (int i = 0; i < D / 2; ++i) {
+        const float sum = __fmul_rn(o[i], scale);
+        kept[i * 128] = add ? __fadd_rn(kept[i * 128], sum) : sum;
     }
-    __device__ __forceinline__ void take(float (&o)[D / 2]) const {
-#pragma unroll
-        for (int i = 0; i < D / 2; ++i) o[i] = __fadd_rn(at[i * 128], __fmul_rn(o[i], scale));
-    }
-};
+}
 
 // The sums of the second warpgroup go to the first. Both come here.
 __device__ __forceinline__ void merge_sums(float (&o)[D / 2], float* merge, int group) {
@@ -699,8 +698,9 @@ __device__ __forceinline__ void consume(const Params& p, u32 smem, const Unit* u
         barrier_wait(smem + UNIT_FULL, phase);
         const int head = uniform(unit->head);
         if (head < 0) return;
-        const int rows = uniform(unit->rows), blocks = uniform(unit->blocks), split = uniform(unit->split);
-        const int chunk = CHUNKED ? uniform(unit->chunk) : 0;
+        const int rows = uniform(unit->rows), blocks = uniform(unit->blocks);
+        int split = uniform(unit->split);
+        const int chunk = CHUNKED ? uniform(unit->chunk) : 0, half = CHUNKED ? uniform(unit->half) : 0;
         c.begin = uniform(unit->begin);
         c.cached = uniform(unit->cached);
         c.delta = uniform(unit->delta);
@@ -732,12 +732,13 @@ __device__ __forceinline__ void consume(const Params& p, u32 smem, const Unit* u
         if (Q_STEPS == STEPS) release_q();
 
         c.k_next = c.v_next = 0;
-        const auto store = [&](float scale, bool add) {
-            if (in_group < my_rows) store_row(o, p, 0, (long long)row + in_group, split, head, lane, scale, add);
-            if (in_group + 8 < my_rows) store_row(o, p, 1, (long long)row + in_group + 8, split, head, lane, scale, add);
+        float* kept = merge + c.group * BLOCK * D + (threadIdx.x & 127);
+        const auto store = [&](bool add) {
+            if (in_group < my_rows) store_row(o, p, 0, (long long)row + in_group, split, head, lane, kept, add);
+            if (in_group + 8 < my_rows) store_row(o, p, 1, (long long)row + in_group + 8, split, head, lane, kept, add);
         };
-        const KeptSum kept{merge + c.group * BLOCK * D + (threadIdx.x & 127), p.inv_n};
-        int closes = chunk;  // the block before which a sum is closed
+        int closes = chunk;  // the block before which a chunk is closed
+        int none = chunk;    // its value while no chunk of this half is
         bool closed = false;
         const int first = alternate ? c.group : 0, stride = alternate ? 2 : 1;
         if (first < mine) {
@@ -777,8 +778,9 @@ __device__ __forceinline__ void consume(const Params& p, u32 smem, const Unit* u
                 to_fragments(s, w);
                 closed = CHUNKED && i == closes;
                 if (closed) {
-                    if (KEPT_SUMS) kept.close(o, i > chunk);
-                    else store(p.inv_n, i > chunk);
+                    if (i == half) store(closes > none), ++split, none = half + chunk;
+                    else if (KEPT_SUMS) keep(kept, o, p.inv_n, closes > none);
+                    else store(closes > none);
                     closes += chunk;
                 }
             }
@@ -799,13 +801,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 smem, const Unit* u
 
         if constexpr (ALTERNATE)
             if (alternate) merge_sums(o, merge, c.group);
-        const bool more = CHUNKED && closes > chunk;
-        if (KEPT_SUMS && more) {
-            kept.take(o);
-            store(1.0f, false);
-        } else if (writes) {
-            store(p.inv_n, more);
-        }
+        if (writes) store(CHUNKED && closes > none);
         __syncwarp();
     }
 }

@@ -43,6 +43,7 @@ constexpr double kExposedShare = 0.35;
 constexpr int32_t kLeastChunk = 6;
 constexpr int32_t kChunks = 10, kChunksWide = 4;       // wide: head dim 256
 constexpr double kCloseChunk = 0.5, kCloseWide = 3.0;  // microseconds
+constexpr double kNoLimit = 1e300;
 // How much longer an order may take that shares L2 better.
 constexpr double kBalanceLoss = 1.02;
 // Runs shorter than this are not worth an item of their own.
@@ -50,7 +51,7 @@ constexpr int32_t kMinRun = 3;
 
 struct Tile {
     int32_t slot, row, rows, blocks;
-    int32_t chunk;  // blocks of a sum that is closed before the next begins; 0: sums end where runs do
+    int32_t chunk, half;  // blocks of a chunk, and of the slot's first half of chunks; 0: sums end where runs do
     double block_cost;
     double cost() const { return blocks * block_cost; }
 };
@@ -59,6 +60,9 @@ struct Run {
     int32_t tile, begin, end, split;
     double cost;
 };
+
+// Whether a run has chunks of both halves, and so makes two partial sums.
+bool crosses(const Tile& tile, const Run& run) { return run.begin < tile.half && run.end > tile.half; }
 
 int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
@@ -120,7 +124,7 @@ Groups check(const WorkRequest& r) {
 class Planner {
 public:
     // `bound`: the estimate to beat; nothing is kept that does not.
-    Planner(const WorkRequest& request, const Groups& groups, const Costs& costs, double bound = 1e300)
+    Planner(const WorkRequest& request, const Groups& groups, const Costs& costs, double bound = kNoLimit)
         : request_(request), groups_(groups), costs_(costs), best_(bound) {
         const double narrow = request.head_dim == 32 ? kNarrow[0] : request.head_dim == 64 ? kNarrow[1] : 1.0;
         for (int64_t b = 0; b < request.slot_count; ++b) add_tiles(static_cast<int32_t>(b), narrow);
@@ -139,19 +143,34 @@ public:
             if (tiles_.size() <= static_cast<size_t>(rounds * lanes_)) consider(by_rounds(rounds), 0.0);
     }
     void choose_uniform(int32_t pieces) { consider(uniform(pieces), 0.0); }
-    // Chunks are fixed, but the first run of a tile may take any number of them, and each other run takes one.
+    // Chunks are fixed, but the first run of each half may take any number of them, and one run the whole tile.
     void choose_chunks() {
-        consider(by_chunks(1e300), 0.0);
+        choose_whole();
+        consider(by_chunks(kNoLimit), 0.0);
         for (int rounds : {1, 2, 3}) consider(by_chunks(std::max(1.0, total_ / (lanes_ * rounds))), 0.0);
     }
-    void choose_whole() { consider(by_chunks(1e300), 0.0); }
+    void choose_whole() {
+        runs_.clear();
+        for (size_t t = 0; t < tiles_.size(); ++t) add_run(t, 0, tiles_[t].blocks, 0);
+        consider(runs_, 0.0);
+    }
 
     double estimate() const { return best_; }
     const std::vector<Run>& runs() const { return kept_; }
     const std::vector<Tile>& tiles() const { return tiles_; }
     int32_t tile_rows() const { return costs_.tile_rows; }
+    // Key blocks that the 64 rows of `tile` from its row `at` on see.
+    int32_t blocks_of(const Tile& tile, int32_t at) const {
+        const int32_t* slot = request_.slots + 4 * tile.slot;
+        return blocks_seen(slot, groups_.most[groups_.first[tile.slot] + (tile.row + at - slot[2]) / kGroup]);
+    }
 
 private:
+    // Key blocks that a row with limit `limit` sees.
+    static int32_t blocks_seen(const int32_t* slot, int32_t limit) {
+        const int32_t pages = ceil_div(slot[0], kBlockTokens);
+        return limit <= slot[0] ? ceil_div(limit, kBlockTokens) : pages + ceil_div(limit - slot[0], kBlockTokens);
+    }
     bool wide() const { return request_.head_dim == 256; }
     double close_cost() const { return wide() ? kCloseWide : kCloseChunk; }
 
@@ -160,13 +179,13 @@ private:
         const int32_t pages = ceil_div(slot[0], kBlockTokens);
         const int32_t most_blocks = pages + ceil_div(slot[1], kBlockTokens);
         const int32_t chunk = request_.deterministic ? std::max(kLeastChunk, ceil_div(most_blocks, wide() ? kChunksWide : kChunks)) : 0;
+        const int32_t half = chunk ? chunk * ceil_div(ceil_div(most_blocks, chunk), 2) : 0;
         for (int32_t at = 0; at < slot[3]; at += costs_.tile_rows) {
             const int32_t row = slot[2] + at, rows = std::min(costs_.tile_rows, slot[3] - at);
             const int32_t* most_of = groups_.most.data() + groups_.first[index] + at / kGroup;
             const int32_t most = *std::max_element(most_of, most_of + ceil_div(rows, kGroup));
-            const int32_t blocks =
-                most <= slot[0] ? ceil_div(most, kBlockTokens) : pages + ceil_div(most - slot[0], kBlockTokens);
-            tiles_.push_back({index, row, rows, blocks, chunk, narrow * costs_.block[ceil_div(rows, kBlockTokens) - 1]});
+            const int32_t blocks = blocks_seen(slot, most);
+            tiles_.push_back({index, row, rows, blocks, chunk, half, narrow * costs_.block[ceil_div(rows, kBlockTokens) - 1]});
         }
     }
 
@@ -178,17 +197,20 @@ private:
     void add_run(size_t tile, int32_t begin, int32_t end, int32_t split) {
         runs_.push_back({static_cast<int32_t>(tile), begin, end, split, run_cost(tile, end - begin, tiles_[tile].block_cost)});
     }
-    // First runs of as many chunks as take about `target` microseconds, one at least; single chunks behind them.
+    // First runs of a half of as many chunks as take about `target` microseconds, one at least; single ones behind them.
     const std::vector<Run>& by_chunks(double target) {
         runs_.clear();
         for (size_t t = 0; t < tiles_.size(); ++t) {
             const Tile& tile = tiles_[t];
-            const int32_t chunks = std::max(1, ceil_div(tile.blocks, tile.chunk));
             const double fit = std::min(1e6, (target - costs_.item) / (tile.chunk * tile.block_cost + close_cost()));
-            const int32_t first = std::clamp<int32_t>(static_cast<int32_t>(fit), 1, chunks);
-            add_run(t, 0, std::min(tile.blocks, first * tile.chunk), 0);
-            for (int32_t c = first; c < chunks; ++c)
-                add_run(t, c * tile.chunk, std::min(tile.blocks, (c + 1) * tile.chunk), c - first + 1);
+            const int32_t first = tile.chunk * std::max(1, static_cast<int32_t>(fit));
+            int32_t at = 0, split = 0;
+            for (const int32_t end : {std::min(tile.half, tile.blocks), tile.blocks})
+                for (int32_t take = first; at < end || split == 0; take = tile.chunk) {
+                    const int32_t to = std::min(at + take, end);
+                    add_run(t, at, to, split++);
+                    at = to;
+                }
         }
         return runs_;
     }
@@ -258,8 +280,9 @@ private:
         double rows = 0.0;
         bool split = false;
         for (const Run& run : runs) {
-            rows += tiles_[run.tile].rows;
-            split = split || run.split > 0;
+            const Tile& tile = tiles_[run.tile];
+            rows += crosses(tile, run) ? 2 * tile.rows : tile.rows;
+            split = split || tile.chunk || run.split > 0;
         }
         return rows * request_.heads * request_.head_dim * (split ? 8.0 : 4.0) / kPartialBytes;
     }
@@ -327,18 +350,34 @@ WorkPlan write(const Planner& planner, const WorkRequest& request, const WorkOut
     const int64_t items = static_cast<int64_t>(planner.runs().size());
     if (items > out.capacity)
         throw invalid_argument("out_work", std::to_string(items) + " items; there is room for " + std::to_string(out.capacity));
-    std::vector<int32_t> splits(planner.tiles().size());
+    struct Splits {
+        int32_t first = 0, second = 0;  // partial sums of each half; all are of the first where there are no halves
+        bool crossing = false;
+    };
+    std::vector<Splits> splits(planner.tiles().size());
     int32_t* word = out.work;
     for (const Run& run : planner.runs()) {
         const Tile& tile = planner.tiles()[run.tile];
-        const int32_t item[kItemWords] = {tile.slot, tile.row, tile.rows, run.begin, run.end, run.split, tile.chunk, 0};
+        const bool both = crosses(tile, run);
+        const int32_t item[kItemWords] = {tile.slot, tile.row, tile.rows, run.begin, run.end, run.split, tile.chunk, both ? tile.half : 0};
         word = std::copy(item, item + kItemWords, word);
-        splits[run.tile] = std::max(splits[run.tile], run.split + 1);
+        Splits& of = splits[run.tile];
+        ++(tile.half && run.begin >= tile.half && run.begin ? of.second : of.first);
+        if (both) of.crossing = true;
     }
-    for (size_t t = 0; t < splits.size(); ++t)
-        std::fill_n(out.splits + planner.tiles()[t].row, planner.tiles()[t].rows, splits[t]);
+    int32_t most = 1;
+    for (size_t t = 0; t < splits.size(); ++t) {
+        const Tile& tile = planner.tiles()[t];
+        for (int32_t at = 0; at < tile.rows; at += kGroup) {
+            // A warpgroup that sees nothing of the second half makes no second sum in a run that has both.
+            const int32_t second = splits[t].crossing ? planner.blocks_of(tile, at) > tile.half : splits[t].second;
+            const int32_t all = splits[t].first + second;
+            const int32_t coded = request.deterministic ? all | splits[t].first << kFirstHalfShift : all;
+            std::fill_n(out.splits + tile.row + at, std::min(kGroup, tile.rows - at), coded);
+            most = std::max(most, all);
+        }
+    }
     std::fill(out.splits + request.rows, out.splits + out.splits_size, 0);
-    const int32_t most = splits.empty() ? 1 : *std::max_element(splits.begin(), splits.end());
     return {items, most, planner.tile_rows()};
 }
 
@@ -347,7 +386,7 @@ WorkPlan write(const Planner& planner, const WorkRequest& request, const WorkOut
 WorkPlan plan_attention_work(const WorkRequest& request, const WorkOut& out) {
     const Groups groups = check(request);
     if (out.splits_size < request.rows) throw invalid_argument("out_splits", "needs one entry a row");
-    const auto planned = [&](const Costs& costs, double bound = 1e300) {
+    const auto planned = [&](const Costs& costs, double bound = kNoLimit) {
         Planner planner(request, groups, costs, bound);
         if (request.deterministic && request.pieces == 1) planner.choose_whole();
         else if (request.deterministic) planner.choose_chunks();

@@ -4,9 +4,10 @@
 // blocks (64 tokens; the cached ones first, then the new ones) into runs. Each (tile, run) is an item,
 // each row's runs are numbered 0 .. splits - 1, and together they cover its visible blocks once.
 //
-// A deterministic plan cuts nowhere but between chunks of blocks, which follow from the slot's lengths alone; only
-// a row's first run may take several, and the kernel closes a sum at each chunk's end. So a row's sums are the same,
-// added in the same order, whatever the plan makes of the batch around it.
+// A deterministic plan cuts nowhere but between chunks of blocks, which follow from the slot's lengths alone, as do two
+// halves of them. A row's sum is that of the first half's chunks, added in order, plus that of the second half's. The
+// first run of a half may take several chunks, one run the whole tile (of which the kernel makes two partial sums):
+// the kernel closes a sum at each chunk's end. So the result is the same whatever the plan makes of the batch around.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,9 @@
 namespace mtserve {
 
 constexpr int32_t kBlockTokens = 64;
-constexpr int32_t kItemWords = 8;  // slot, row, rows, begin block, end block, split, chunk, 0
+constexpr int32_t kItemWords = 8;  // slot, row, rows, begin block, end block, split, chunk, half
 constexpr int32_t kMaxSplits = 16;
+constexpr int32_t kFirstHalfShift = 16;
 
 struct WorkRequest {
     const int32_t* slots;   // [slot_count, 4]: cached, delta, first_row, rows
@@ -33,7 +35,7 @@ struct WorkRequest {
 struct WorkOut {
     int32_t* work;          // [capacity, kItemWords]
     int64_t capacity;
-    int32_t* splits;        // [splits_size]; 0 behind the last row
+    int32_t* splits;        // [splits_size]: how many, deterministic ones with those of the first half << 16; 0 behind the last row
     int64_t splits_size;
 };
 

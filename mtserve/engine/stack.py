@@ -20,6 +20,7 @@ from mtserve.model.ranking import RankingModel
 
 # Partial sums are fp32 [splits, rows, width]; a bucket's splits are bounded so that they fit this.
 PARTIAL_BYTES = 512 << 20
+LEAST_SPLITS = 2  # of a deterministic plan that cuts nothing: one for each half
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Stack:
         biases = torch.stack([layer.output_bias.float() for layer in self._layers])
         self._offsets = torch.cat((torch.zeros_like(biases[:1]), biases.cumsum(0))).contiguous()
 
+        least = LEAST_SPLITS * rows * width if deterministic else 0
+
         def zeros(columns: int) -> torch.Tensor:
             return torch.zeros(rows, columns, dtype=dtype, device=device)
 
@@ -82,7 +85,9 @@ class Stack:
             mixed=zeros(4 * width),
             attended=zeros(width),
             gated=zeros(width),
-            partial=torch.zeros(min(PARTIAL_BYTES, 16 * rows * width * 4) // 4, dtype=torch.float32, device=device),
+            partial=torch.zeros(
+                max(least, min(PARTIAL_BYTES // 4, 16 * rows * width)), dtype=torch.float32, device=device
+            ),
         )
 
     @property
@@ -128,6 +133,7 @@ class Stack:
             mixed.view(rows, 4, config.heads, config.head_dim), index, work, attended, config.attention_length
         )
         norm_gate(
-            attended, mixed[:, :width], layer.gate_weight, layer.gate_bias, group, config.gate_first, work.splits, gated
-        )
+            attended, mixed[:, :width], layer.gate_weight, layer.gate_bias, group, config.gate_first, work.splits, gated,
+            halves=self._attention.deterministic,
+        )  # fmt: skip
         self._residual.run(x, gated, layer.output_weight)

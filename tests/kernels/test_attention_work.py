@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -20,6 +21,7 @@ from mtserve.errors import InvalidArgument
 from mtserve.kernels.attention.reference import attention as reference_attention
 from mtserve.kernels.attention.work import (
     BLOCK,
+    FIRST_HALF_SHIFT,
     ITEM_WORDS,
     MAX_SPLITS,
     AttentionWork,
@@ -27,10 +29,11 @@ from mtserve.kernels.attention.work import (
     WorkPlan,
     build_work,
     plan_work,
+    sum_partial,
     work_capacity,
 )
 
-SMS = 132
+SMS, GROUP = 132, 64
 ODD = [Shape(0, 0, 3), Shape(1, 5, 1), Shape(63, 64, 0), Shape(64, 0, 70), Shape(65, 100, 290), Shape(0, 0, 0),
        Shape(500, 1, 129), Shape(0, 300, 17), Shape(321, 7, 0), Shape(4100, 32, 256)]  # fmt: skip
 SHAPES = st.lists(
@@ -70,16 +73,35 @@ class Planned:
     def items(self) -> Int32Array:
         return self.work[: self.plan.items]
 
-    def sums(self, slot: int) -> list[list[tuple[int, int]]]:
-        """Row by row of a slot: the runs of blocks of its sums, in the order in which they are added."""
+    def half(self, slot: int, chunk: int) -> int:
+        """Where the second half of a slot's chunks begins, in blocks."""
+        cached, delta = self.slots[slot, :2].tolist()
+        blocks = math.ceil(cached / BLOCK) + math.ceil(delta / BLOCK)
+        return chunk * math.ceil(math.ceil(blocks / chunk) / 2)
+
+    def parts(self, item: list[int], row: int) -> list[tuple[int, int, int]]:
+        """(split, begin, end) of the partial sums that an item makes of one of its rows."""
+        slot, first, rows, begin, end, split, _, half = item
+        if not half:
+            return [(split, begin, end)]
+        group = first + (row - first) // GROUP * GROUP
+        seen = max(self.blocks(each, slot) for each in range(group, min(group + GROUP, first + rows)))
+        return [(split, begin, half), (split + 1, half, end)][: 1 + (seen > half)]
+
+    def sums(self, slot: int) -> list[tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
+        """Row by row of a slot: the runs of blocks that are added in order, of either half of a deterministic plan."""
         _, _, first, count = self.slots[slot].tolist()
-        rows: list[list[tuple[int, int]]] = [[] for _ in range(count)]
-        for _, row, many, begin, end, _, chunk, _ in sorted(self.items.tolist(), key=lambda item: item[5]):
-            for each in range(max(row, first), min(row + many, first + count)):
-                seen = self.blocks(each, slot)
-                cuts = [(at, min(at + chunk, end)) for at in range(begin, max(end, begin + 1), chunk)]
-                rows[each - first] += [cut for cut in cuts if cut[0] < seen]
-        return [[(begin, min(end, self.blocks(first + i, slot))) for begin, end in row] for i, row in enumerate(rows)]
+        rows: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]] = [([], []) for _ in range(count)]
+        for item in sorted(self.items.tolist(), key=lambda item: item[5]):
+            if item[0] != slot:
+                continue
+            chunk = item[6]
+            for row in range(item[1], item[1] + item[2]):
+                seen = self.blocks(row, slot)
+                for _, begin, end in self.parts(item, row):
+                    cuts = [(at, min(at + chunk, end, seen)) for at in range(begin, end, chunk) if at < seen]
+                    rows[row - first][begin >= self.half(slot, chunk)].extend(cuts)
+        return rows
 
     def blocks(self, row: int, slot: int) -> int:
         cached, limit = int(self.slots[slot, 0]), int(self.limits[row])
@@ -91,28 +113,37 @@ def check_cover(planned: Planned, deterministic: bool = False) -> None:
     """Every row meets each of its blocks once, in runs numbered 0 .. splits - 1; what is behind is left alone."""
     assert (planned.work[planned.plan.items :] == -7).all()
     assert (planned.splits[len(planned.limits) :] == 0).all()
-    assert planned.plan.max_splits == max(1, planned.splits.max(initial=0)) <= MAX_SPLITS
+    counts, firsts = planned.splits & 0xFFFF, planned.splits >> FIRST_HALF_SHIFT
+    assert planned.plan.max_splits == max(1, counts.max(initial=0)) <= MAX_SPLITS
     runs: dict[int, list[tuple[int, int, int]]] = {}
-    for slot, row, rows, begin, end, split, *rest in planned.items.tolist():
+    for item in planned.items.tolist():
+        slot, row, rows, begin, end, _, chunk, half = item
         _, _, first, count = planned.slots[slot].tolist()
-        assert (rest[0] > 0) == deterministic and rest[1] == 0
-        assert not deterministic or (begin % rest[0] == 0 and (split == 0 or end - begin <= rest[0]))
+        if deterministic:
+            assert chunk > 0 and begin % chunk == 0
+            assert half == 0 or (half == planned.half(slot, chunk) and begin <= half < end)
+        else:
+            assert chunk == half == 0
         assert (row - first) % planned.plan.tile_rows == 0
         assert rows == min(planned.plan.tile_rows, first + count - row)
         for each in range(row, row + rows):
-            runs.setdefault(each, []).append((split, begin, end))
+            runs.setdefault(each, []).extend(planned.parts(item, each))
+            if deterministic:
+                assert firsts[each] >= 1
+                assert all((split < firsts[each]) == (begin < planned.half(slot, chunk) or end == 0)
+                           for split, begin, end in planned.parts(item, each))  # fmt: skip
     assert sorted(runs) == list(range(len(planned.limits)))
     owner = np.repeat(np.arange(len(planned.slots)), planned.slots[:, 3])
     for row, parts in runs.items():
         parts.sort()
-        assert [split for split, _, _ in parts] == list(range(planned.splits[row]))
+        assert [split for split, _, _ in parts] == list(range(counts[row]))
         assert parts[0][1] == 0
         assert all(before[2] == after[1] for before, after in pairwise(parts))
         assert all(begin < end or len(parts) == 1 for _, begin, end in parts)
         assert parts[-1][2] >= planned.blocks(row, int(owner[row]))
     for slot, row, rows, *_ in planned.items.tolist():
         seen = max(planned.blocks(each, slot) for each in range(row, row + rows))
-        assert max(end for _, _, end in runs[row]) == seen
+        assert max(end for each in range(row, row + rows) for _, _, end in runs[each]) == seen
 
 
 @given(
@@ -149,14 +180,18 @@ def test_the_list_sums_to_the_reference(mask: str, options: dict[str, Any]) -> N
     partial = torch.full((planned.max_splits, plan.rows, heads, head_dim), float("nan"))
     for item in work.work[: planned.items].tolist():
         _execute(item, batch, work, partial, n)
-    got = torch.stack([partial[: work.splits[row], row].sum(0) for row in range(plan.rows)])
+    got = sum_partial(partial.flatten(2), work.splits, halves="deterministic" in options).view(partial[0].shape)
     expected = reference_attention(batch.q, batch.k, batch.v, batch.pages, plan, n)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def _execute(item: list[int], batch: Any, work: AttentionWork, partial: torch.Tensor, n: int) -> None:
     """What a thread block does with one item, all heads at once."""
-    slot, row, rows, begin, end, split, *_ = item
+    slot, row, rows, begin, end, split, _, half = item
+    if half:
+        _execute([slot, row, rows, begin, half, split, 0, 0], batch, work, partial, n)
+        _execute([slot, row, rows, half, end, split + 1, 0, 0], batch, work, partial, n)
+        return
     cached, delta, first, _ = work.slots[slot].tolist()
     pages, alpha = -(-cached // BLOCK), batch.q.shape[-1] ** -0.5
     for each in range(row, row + rows):
@@ -192,7 +227,7 @@ def test_deterministic_sums_of_a_slot_do_not_depend_on_its_company(
 
 def test_a_lone_slot_is_cut_at_every_chunk_and_a_full_chip_at_none() -> None:
     assert Planned([Shape(4096, 32, 256)], deterministic=True).plan.max_splits >= 8
-    assert Planned([Shape(8192, 32, 256)] * 32, deterministic=True).plan.max_splits == 1
+    assert Planned([Shape(8192, 32, 256)] * 32, deterministic=True).plan.items == 64  # tiles of 192 and 96 rows
 
 
 def test_the_same_lengths_give_the_same_plan() -> None:

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before the imports below
 pytest.importorskip("triton")
 
+from mtserve.kernels.attention.work import FIRST_HALF_SHIFT, sum_partial
 from mtserve.kernels.group_layer_norm.reference import group_layer_norm as norm_truth
 from mtserve.kernels.group_layer_norm.triton import group_layer_norm
 from mtserve.kernels.norm_gate.reference import norm_gate as gate_truth
@@ -61,6 +62,36 @@ def test_norm_gate_sums_each_rows_own_splits(rows: int, width: int, gate_first: 
         out = torch.full((rows, width), NAN, device=DEVICE)
         norm_gate(attended, u, weight, bias, group, gate_first, splits, out)
         _close(out, truth)
+
+
+def test_norm_gate_adds_the_halves_of_a_deterministic_plan_as_it_says() -> None:
+    rows, width = 37, 48
+    count = torch.randint(1, 6, (rows,), dtype=torch.int32, device=DEVICE)
+    first = torch.minimum(torch.randint(1, 4, (rows,), dtype=torch.int32, device=DEVICE), count)
+    splits = count | first << FIRST_HALF_SHIFT
+    partial = torch.full((6, rows, width), NAN, device=DEVICE)
+    for row in range(rows):
+        partial[: count[row], row] = _rand(int(count[row]), width)
+    u, weight, bias, group = _rand(rows, width), _rand(4, width), _rand(4, width), _groups(rows)
+    out, alone = torch.full((rows, width), NAN, device=DEVICE), torch.full((rows, width), NAN, device=DEVICE)
+    norm_gate(partial, u, weight, bias, group, False, splits, out, halves=True)
+    _close(out, gate_truth(sum_partial(partial, splits, halves=True), u, weight, bias, group.long(), False))
+    # Whoever has added a half's sums in that order already gives the same bits.
+    halves = torch.full((6, rows, width), NAN, device=DEVICE)
+    for row in range(rows):
+        halves[0, row] = sum_in_order(partial[: first[row], row])
+        halves[1, row] = sum_in_order(partial[first[row] : count[row], row])
+    norm_gate(
+        halves, u, weight, bias, group, False, torch.full_like(splits, 2 | 1 << FIRST_HALF_SHIFT), alone, halves=True
+    )
+    assert torch.equal(out, alone)
+
+
+def sum_in_order(parts: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros(parts.shape[1:], device=parts.device) if len(parts) == 0 else parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def test_norm_gate_takes_rows_of_no_split_for_zero() -> None:

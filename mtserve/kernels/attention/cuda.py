@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mtserve.errors import InvalidArgument
-from mtserve.kernels.attention.work import BLOCK, AttentionWork, build_work
+from mtserve.kernels.attention.work import BLOCK, AttentionWork, build_work, sum_partial
 from mtserve.kernels.cuda.build import build
 from mtserve.kernels.cuda.driver import Function, Module, tensor_map
 from mtserve.kernels.plan import KernelPlan
@@ -188,9 +188,9 @@ def attention(
     if planned.max_splits == 1 and not deterministic:
         kernel.run(uvqk, 0, work, out, n)
     else:
-        partial = torch.zeros(planned.max_splits, rows, width, device=q.device)
+        partial = torch.full((planned.max_splits, rows, width), float("nan"), device=q.device)
         kernel.run(uvqk, 0, work, partial, n)
-        out = partial.sum(0).to(q.dtype)
+        out = sum_partial(partial, work.splits, halves=deterministic).to(q.dtype)
     return out.view(rows, heads, head_dim)
 
 

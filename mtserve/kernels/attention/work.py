@@ -21,6 +21,7 @@ from mtserve.errors import InvalidArgument
 BLOCK = 64
 ITEM_WORDS = 8
 MAX_SPLITS = 16
+FIRST_HALF_SHIFT = 16
 SMALLEST_TILE = 128
 
 Int32Array = npt.NDArray[np.int32]
@@ -43,8 +44,9 @@ class AttentionWork:
 
     `slots` [B, 4]: cached, delta, first_row, rows of a user slot (its new prefix tokens, then candidates).
     `page_table` [B, W]: pages of the cached prefix. `limit` [T]: prefix tokens [0, limit) are what a row sees.
-    `work` [items, 8]: slot, row, rows, begin block, end block, split, chunk, 0. `count` [1]: items of `work`.
-    `splits` [T]: partial sums of the row; 0 where the batch has no such row.
+    `work` [items, 8]: slot, row, rows, begin block, end block, split, chunk, half (the last two of deterministic plans). `count` [1]: items of `work`.
+    `splits` [T]: partial sums of the row; 0 where the batch has no such row. A deterministic plan says in bits 16 and
+    up how many of them are the first half's: the row's sum is theirs, in order, plus that of the others.
     `tile_rows`: that of the plan which `work` came from.
     """
 
@@ -133,3 +135,16 @@ def build_work(
         splits=tensor(splits),
         tile_rows=plan.tile_rows,
     ), plan
+
+
+def sum_partial(partial: torch.Tensor, splits: torch.Tensor, *, halves: bool) -> torch.Tensor:
+    """fp32 [T, w]: each row's partial sums [S, T, w], added as whoever reads a plan's `splits` has to.
+
+    `halves`: splits are those of a deterministic plan.
+    """
+    count, first = splits & (1 << FIRST_HALF_SHIFT) - 1, splits >> FIRST_HALF_SHIFT if halves else splits
+    sums = torch.zeros_like(partial[0]), torch.zeros_like(partial[0])
+    for split, part in enumerate(partial):
+        for half, mine in zip(sums, (split < first, (split >= first) & (split < count)), strict=True):
+            half.copy_(torch.where(mine[:, None], half + part, half))
+    return sums[0] + sums[1]

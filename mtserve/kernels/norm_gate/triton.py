@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from mtserve.kernels import dependent
+from mtserve.kernels.attention.work import FIRST_HALF_SHIFT
 from mtserve.kernels.group_layer_norm.reference import EPSILON
 
 ROWS = 4
@@ -15,7 +16,7 @@ ROWS = 4
 @triton.jit
 def _norm_gate(
     y_ptr, u_ptr, weight_ptr, bias_ptr, group_ptr, splits_ptr, out_ptr, rows, u_stride, split_stride,
-    GATE_FIRST: tl.constexpr, PARTIAL: tl.constexpr, EPS: tl.constexpr,
+    GATE_FIRST: tl.constexpr, PARTIAL: tl.constexpr, SHIFT: tl.constexpr, EPS: tl.constexpr,
     W: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     dependent.start(PDL)
@@ -31,11 +32,22 @@ def _norm_gate(
     dependent.wait(PDL)
     y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if PARTIAL:
+        if SHIFT:
+            first = splits >> SHIFT
+            splits &= (1 << SHIFT) - 1
         # What no work item wrote holds anything: a row's sums end where its splits do.
         y = tl.where((splits > 0)[:, None], y, 0.0)
+        second = tl.zeros_like(y)
         for split in range(1, tl.max(splits, 0)):
             more = inside & (split < splits)[:, None]
-            y += tl.load(y_ptr + split * split_stride + at, mask=more, other=0.0).to(tl.float32)
+            part = tl.load(y_ptr + split * split_stride + at, mask=more, other=0.0).to(tl.float32)
+            if SHIFT:
+                y += tl.where((split < first)[:, None], part, 0.0)
+                second += tl.where((split < first)[:, None], 0.0, part)
+            else:
+                y += part
+        if SHIFT:
+            y += second
     u = tl.load(u_ptr + row[:, None].to(tl.int64) * u_stride + w[None, :], mask=inside, other=0.0).to(tl.float32)
     if GATE_FIRST:
         y = y * u
@@ -56,11 +68,14 @@ def norm_gate(
     gate_first: bool,
     splits: torch.Tensor,
     out: torch.Tensor,
+    *,
+    halves: bool = False,
 ) -> None:
     """out [T, w] = GLN(sum of y) * u, or GLN(sum of y * u) with `gate_first`.
 
     y: [T, w], or partial sums fp32 [S, T_cap, w] of which row t has the first splits[t]; u [T, w] rows of
-    any stride; weight, bias [groups, w]; group, splits int32 [T].
+    any stride; weight, bias [groups, w]; group, splits int32 [T]. `halves`: splits are those of a deterministic plan,
+    whose order of addition is kept (`AttentionWork`).
     """
     rows, width = out.shape
     partial = y.dim() == 3
@@ -68,7 +83,7 @@ def norm_gate(
     assert y.is_contiguous() and out.is_contiguous() and len(group) >= rows and len(splits) >= rows
     _norm_gate[(triton.cdiv(rows, ROWS),)](
         y, u, weight, bias, group, splits, out, rows, u.stride(0), y.stride(0) if partial else 0,
-        GATE_FIRST=gate_first, PARTIAL=partial, EPS=EPSILON,
+        GATE_FIRST=gate_first, PARTIAL=partial, SHIFT=FIRST_HALF_SHIFT if halves else 0, EPS=EPSILON,
         W=width, WIDTH=triton.next_power_of_2(width), ROWS=ROWS, num_warps=4,
         **dependent.options(out),
     )  # fmt: skip
