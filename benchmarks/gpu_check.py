@@ -3,8 +3,10 @@
     make gpu-check                      needs a CUDA device and the packages of the interpreter it runs in
     python benchmarks/gpu_check.py --out DIR --users 200 --requests 2000
 
-Fails when a test fails, when not a single GPU test ran, when a benchmark's correctness check fails, or when
-a replay's scores break the exactness contract. Writes gpu_check.json, attention.json, forward.json and loop.json. The EB-NeRD replay needs its trace and says so where it is missing.
+Fails when a test fails, when not a single GPU test ran, when a benchmark's correctness check fails, when a
+replay's scores break the exactness contract, or when too many of the rows that the generated trace's replay computed
+were padding. Writes gpu_check.json and attention.json, product.json, forward.json, loop.json. The EB-NeRD replay needs
+its trace and says so where it is missing.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ from typing import Any
 from bench_replay import ROOT, ebnerd_trace, replay, sweep, table
 
 from mtserve.provenance import stamp
+
+BENCHMARKS = ("attention", "product", "forward", "loop")
+GENERATED = "generated 25%ws"
+PADDED_ROWS_LIMIT = 0.15  # of the rows that a replay computes
 
 
 def run_tests() -> dict[str, int]:
@@ -54,6 +60,35 @@ def generated_trace(folder: Path, users: int, requests: int, seed: int) -> Path:
     return path
 
 
+def run_replays(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The EB-NeRD sweep where its trace is here, and the generated trace; exits when scores disagree."""
+    common = ["--device", "cuda", "--model", "hstu-512", "--seed", str(options.seed)]
+    replays = {}
+    trace = ebnerd_trace()
+    if trace is None:
+        print("the EB-NeRD trace is not here: its replays are left out")
+    else:
+        swept = sweep(trace, *common, "--verify", "40")
+        replays |= {f"ebnerd {share}": each for share, each in swept.items()}
+    capacities = ["--gpu-cache", "25%ws", "--host-cache", "100%ws"]
+    checks = ["--baseline-requests", "400", "--verify", "8", "--verify-tokens", "8192"]
+    with tempfile.TemporaryDirectory() as folder:
+        generated = generated_trace(Path(folder), options.users, options.requests, options.seed)
+        replays[GENERATED] = replay(generated, *common, *capacities, *checks)
+    return replays
+
+
+def check_padding(result: dict[str, Any]) -> None:
+    """Exits unless the replay ran on graphs and wasted fewer rows than the limit."""
+    share = result["padded_rows_share"]
+    if share is None:
+        sys.exit("generated trace: the replay did not run on the cuda kernels, so that nothing is known of its padding")
+    if not share < PADDED_ROWS_LIMIT:
+        sys.exit(
+            f"generated trace: {share:.1%} of the rows computed were padding; must be under {PADDED_ROWS_LIMIT:.0%}"
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result file")
@@ -67,33 +102,12 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here; this check is for a machine that has one")
     options.out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"stamp": stamp(seed=options.seed, device="cuda:0"), "tests": run_tests(), "replays": {}}
-    for name in ("attention", "forward", "loop"):
+    result: dict[str, Any] = {"stamp": stamp(seed=options.seed, device="cuda:0"), "tests": run_tests()}
+    for name in BENCHMARKS:
         run_benchmark(name, options.out)
-    common = ["--device", "cuda", "--model", "hstu-512", "--seed", str(options.seed)]
-    trace = ebnerd_trace()
-    if trace is None:
-        print("the EB-NeRD trace is not here: its replays are left out")
-    else:
-        replays = sweep(trace, *common, "--verify", "40")
-        result["replays"] |= {f"ebnerd {share}": each for share, each in replays.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        generated = generated_trace(Path(folder), options.users, options.requests, options.seed)
-        result["replays"]["generated 25%ws"] = replay(
-            generated,
-            *common,
-            "--gpu-cache",
-            "25%ws",
-            "--host-cache",
-            "100%ws",
-            "--baseline-requests",
-            "400",
-            "--verify",
-            "8",
-            "--verify-tokens",
-            "8192",
-        )
+    result["replays"] = run_replays(options)
     print(table(result["replays"]))
+    check_padding(result["replays"][GENERATED])
     target = options.out / "gpu_check.json"
     target.write_text(json.dumps(result, indent=2) + "\n")
     print(f"GPU tests passed: {result['tests']['passed']}; wrote {target.name}")

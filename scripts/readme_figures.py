@@ -1,9 +1,13 @@
-"""Print the README's figures from the result files, or write them between its markers with --write."""
+"""Print the README's figures from the result files, or write them between its markers with --write.
+
+A result file that is not there is named in place of its figures, and so is the command that makes it.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,84 +16,124 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- figures: scripts/readme_figures.py -->"
 END = "<!-- end of figures -->"
 
-
-def load(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((RESULTS / name).read_text())
-    return content
+Result = dict[str, Any]
+Lines = list[str]
 
 
-def hardware(stamp: dict[str, Any]) -> str:
+def hardware(stamp: Result) -> str:
     """What the figures were measured on."""
     return f"{stamp.get('gpu', stamp['processor'])}, commit {stamp['commit']}, seed {stamp['seed']}"
 
 
-def replay_rows(replays: dict[str, dict[str, Any]]) -> list[str]:
-    rows = [
-        "| replay | found on GPU / host / in all, % of prefix tokens | p50 latency cached / uncached, ms | requests/s cached / uncached | speedup | largest score difference |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+def table(columns: Lines, rows: list[Lines]) -> Lines:
+    """A Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
+def number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def replay_rows(replays: dict[str, Result]) -> Lines:
+    """One row a replay; the padding of the runner where one of them padded."""
+    columns = [
+        "replay", "found on GPU / host / in all, % of prefix tokens", "p50 latency cached / uncached, ms",
+        "requests/s cached / uncached", "speedup", "largest score difference",
+    ]  # fmt: skip
+    padded = {name: result.get("padded_rows_share") for name, result in replays.items()}
+    pads = any(share is not None for share in padded.values())
+    rows = []
     for name, result in replays.items():
         token, base = result["hit_ratio"]["token"], result["baseline"]
-        found = " / ".join(f"{100 * token[tier]:.1f}" for tier in ("gpu", "host", "total"))
-        p50 = f"{result['latency_ms']['p50']:.1f} / {base['latency_ms']['p50']:.1f}"
-        rate = f"{result['throughput_rps']:.1f} / {base['throughput_rps']:.1f}"
-        rows.append(
-            f"| {name} | {found} | {p50} | {rate} | {result['speedup']:.2f} | {result['max_score_difference']:.1e} |"
-        )
-    return rows
+        row = [
+            name,
+            " / ".join(f"{100 * token[tier]:.1f}" for tier in ("gpu", "host", "total")),
+            f"{result['latency_ms']['p50']:.1f} / {base['latency_ms']['p50']:.1f}",
+            f"{result['throughput_rps']:.1f} / {base['throughput_rps']:.1f}",
+            f"{result['speedup']:.2f}",
+            f"{result['max_score_difference']:.1e}",
+        ]
+        share = padded[name]
+        rows.append([*row, number(None if share is None else 100 * share, 1)] if pads else row)
+    return table([*columns, "rows computed as padding, %"] if pads else columns, rows)
 
 
-def figures() -> str:
-    """The figures section, Markdown."""
-    cpu, gpu = load("replay_ebnerd_cpu.json"), load("gpu_check.json")
-    planning, history = load("planning.json"), load("history.json")
-    first = next(iter(cpu["replays"].values()))
-    lines = [
-        "## Figures",
-        "",
-        "Replays of the EB-NeRD trace (538 requests, 19 users) in a closed loop of 8 requests, GPU tier at a share of",
-        "the final working set, host tier at all of it; 'uncached' encodes every history whole with the same kernels.",
-        "A GPU tier of a few pages lets few users into a batch: there the cache can lose, and does.",
-        "",
-        f"`{first['model']}`, float32 on the CPU ({hardware(cpu['stamp'])}):",
-        "",
-        *replay_rows(cpu["replays"]),
-        "",
-        f"`hstu-512`, bfloat16 on the GPU ({hardware(gpu['stamp'])}); 'generated' is calibrated-synthetic, 200 users:",
-        "",
-        *replay_rows(gpu["replays"]),
-        "",
-        *forward_lines(load("forward.json")),
-        *planning_lines(planning),
-        *history_lines(history),
-    ]
-    return "\n".join(lines)
+def cpu_replay_lines(result: Result) -> Lines:
+    first = next(iter(result["replays"].values()))
+    intro = f"`{first['model']}`, float32 on the CPU ({hardware(result['stamp'])}):"
+    return [intro, "", *replay_rows(result["replays"])]
 
 
-def forward_lines(result: dict[str, Any]) -> list[str]:
+def gpu_replay_lines(result: Result) -> Lines:
+    stamp = hardware(result["stamp"])
+    intro = f"`hstu-512`, bfloat16 on the GPU ({stamp}); 'generated' is calibrated-synthetic, 200 users:"
+    return [intro, "", *replay_rows(result["replays"])]
+
+
+def forward_lines(result: Result) -> Lines:
     """The layers alone, cached and full, beside the floor and the best public stack where one was measured."""
+    columns = ["shape", "ms", "deterministic, ms", "floor, ms", "best public stack, ms"]
     rows = [
+        [
+            row["case"], number(row["ms"], 3), number(row.get("deterministic_ms"), 3), number(row["floor_ms"], 3),
+            number(row["public_ms"], 2),
+        ]
+        for row in result["results"]
+    ]  # fmt: skip
+    return [
         f"All layers of one batch, bfloat16, medians ({hardware(result['stamp'])}; B users of L cached tokens, `new`",
         "behaviours and N candidates each; 'full' encodes everything; floor: the larger of FLOP / 600e12 and bytes / 4.2e12):",
         "",
-        "| shape | ms | floor, ms | best public stack, ms |",
-        "| --- | --- | --- | --- |",
+        *table(columns, rows),
     ]
-    for row in result["results"]:
-        public = f"{row['public_ms']:.2f}" if row["public_ms"] else "-"
-        rows.append(f"| {row['case']} | {row['ms']:.3f} | {row['floor_ms']:.3f} | {public} |")
-    return [*rows, ""]
 
 
-def planning_lines(result: dict[str, Any]) -> list[str]:
+def product_lines(result: Result) -> Lines:
+    """The products of one layer with all that is fused into them, beside the library's."""
+    columns = ["product", "us", "tile", "TFLOP/s", "floor, us", "torch.addmm, us", "torch.mm alone, us"]
+    rows = []
+    for row in result["rows"]:
+        floor, library, bare = row["floor_ms"], row["ms"].get("torch.addmm"), row["ms"]["torch.mm alone"]
+        times = [number(None if each is None else 1e3 * each, 1) for each in (row["ms"]["ours"], floor, library, bare)]
+        rows.append([row["shape"], times[0], row["tile"], number(row["tflops"], 0), *times[1:]])
+    return [
+        f"One product, bfloat16, medians ({hardware(result)}; T rows; 'projection': d to 4 d with bias, SiLU and page",
+        "write, where torch.mm alone does none of these; 'output': d to d, added to the residual):",
+        "",
+        *table(columns, rows),
+    ]
+
+
+def loop_lines(result: Result) -> Lines:
+    """What lies beside the GPU: the loop by hand with a full queue, and with client threads in its process."""
+    columns = [
+        "driven by", "GPU a batch, ms", "CPU to plan and launch it, ms", "GPU waits between batches, ms",
+        "GPU idle, %", "requests/s", "latency p50 / p99, ms",
+    ]  # fmt: skip
+    names = {"steps": "hand, its queue full", "clients": f"{result['clients']['threads']} client threads"}
+    rows = []
+    for view, name in names.items():
+        found = result[view]
+        quantiles = [number(found.get(f"latency_{quantile}_ms"), 1) for quantile in ("p50", "p99")]
+        times = [number(found[key], 3) for key in ("gpu_ms", "launch_cpu_ms", "gap_ms")]
+        idle, rate = number(100 * found["gpu_idle_share"], 1), number(found["requests_per_s"], 0)
+        rows.append([name, *times, idle, rate, " / ".join(quantiles)])
+    return [
+        f"The engine's loop, `{result['model']}` in bfloat16, warm users of {result['history']:,} tokens, {result['new']} new behaviours and",
+        f"{result['candidates']} candidates a request, at most {result['batch']} requests a batch, medians ({hardware(result['stamp'])}):",
+        "",
+        *table(columns, rows),
+    ]
+
+
+def planning_lines(result: Result) -> Lines:
     return [
         f"Planning a batch of {result['batch_users']} users (lookup, page allocation, policy, publication) beside",
         f"{result['other_users']:,} cached users: {result['batch_median_us']:.0f} us median ({hardware(result)}).",
-        "",
     ]
 
 
-def history_lines(result: dict[str, Any]) -> list[str]:
+def history_lines(result: Result) -> Lines:
     chosen = next(
         case for case in result["cases"] if all(case[key] == value for key, value in result["chosen"].items())
     )
@@ -98,6 +142,39 @@ def history_lines(result: dict[str, Any]) -> list[str]:
         f"{chosen['batched_1_row_behaviours_per_s']:,.0f} behaviours/s appended durably in batches of single rows",
         f"({hardware(result['provenance'])}).",
     ]
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[Result], Lines]], ...] = (
+    ("replay_ebnerd_cpu.json", "make bench", cpu_replay_lines),
+    ("gpu_check.json", "make gpu-check", gpu_replay_lines),
+    ("forward.json", "make gpu-check", forward_lines),
+    ("product.json", "make gpu-check", product_lines),
+    ("loop.json", "make gpu-check", loop_lines),
+    ("planning.json", "make bench", planning_lines),
+    ("history.json", "make bench", history_lines),
+)
+
+
+def section(name: str, command: str, lines: Callable[[Result], Lines]) -> Lines:
+    """The figures of one result file, or how to come by them."""
+    path = RESULTS / name
+    if not path.is_file():
+        return [f"`benchmarks/results/{name}` is not there yet: `{command}` writes it."]
+    return lines(json.loads(path.read_text()))
+
+
+def figures() -> str:
+    """The figures section, Markdown."""
+    lines = [
+        "## Figures",
+        "",
+        "Replays of the EB-NeRD trace (538 requests, 19 users) in a closed loop of 8 requests, GPU tier at a share of",
+        "the final working set, host tier at all of it; 'uncached' encodes every history whole with the same kernels.",
+        "A GPU tier of a few pages lets few users into a batch: there the cache can lose, and does.",
+    ]
+    for each in SECTIONS:
+        lines += ["", *section(*each)]
+    return "\n".join(lines)
 
 
 def main() -> int:

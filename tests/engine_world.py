@@ -121,6 +121,9 @@ class OverlappingRunner:
     def start(self, plan: BatchPlan) -> PendingBatch:
         return self.runner.start(plan)
 
+    def stats(self) -> dict[str, Any]:
+        return self.runner.stats()
+
 
 class World:
     """Drives an engine by hand. Tiers are sized in pages; the mirror keeps every row ever appended."""

@@ -72,6 +72,9 @@ def _runs(result: ReplayResult, summary: dict[str, Any]) -> Table:
     ours = summary["batch_tokens"] / max(1, summary["of_requests"])
     theirs = baseline and baseline["batch_tokens"] / max(1, baseline["of_requests"])
     row("tokens computed a request", ours, theirs, theirs / ours if theirs and ours else None)
+    ours, theirs = summary["padded_rows_share"], baseline and baseline["padded_rows_share"]
+    if ours is not None:
+        row("rows computed as padding, %", 100 * ours, None if theirs is None else 100 * theirs, None)
     if result.speedup is not None:
         table.add_section()
         table.add_row(f"speedup ({summary['speedup_of']})", "", "", f"[bold]{result.speedup:.2f}x[/]")

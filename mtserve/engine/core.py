@@ -279,7 +279,7 @@ class Core:
             self.tiers.check()
 
     def stats(self) -> dict[str, Any]:
-        """JSON-able facts about the model, the tiers and the queue."""
+        """JSON-able facts about the model, the queue, the tiers and the runner (since the model was installed)."""
         return {
             "model": {"name": self.model.config.name, "fingerprint": self.fingerprint},
             "device": str(self.device),
@@ -289,6 +289,7 @@ class Core:
             "page_tokens": self._shape.page_tokens,
             "queue_length": len(self.scheduler),
             "tiers": {} if self.tiers is None else self.tiers.stats(),
+            "runner": self._runner.stats(),
         }
 
     def close(self, error: Exception) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -63,8 +63,7 @@ class GraphRunner:
             self._logits = torch.zeros(capacity.rows, tasks, dtype=torch.float32, device=model.device)
             self._answers = [(torch.zeros(capacity.rows, tasks, pin_memory=True), Event()) for _ in range(2)]
         self._graphs: OrderedDict[GraphKey, torch.cuda.CUDAGraph] = OrderedDict()
-        self.padded_rows = 0  # rows computed for nothing, of all
-        self.rows = 0
+        self._rows = self._padded_rows = self._captures = 0
 
     def room(self, size: BatchSize) -> BatchArrays:
         """Where the next batch is to be laid out; the batch under way keeps its own."""
@@ -72,20 +71,17 @@ class GraphRunner:
 
     def start(self, plan: BatchPlan) -> Launched:
         """Launch the batch laid out in `room`; nothing here waits for the device. At most one other may be under way."""
-        self.launch(self.stage(plan))
+        stream = torch.cuda.current_stream(self._model.device).cuda_stream
+        self._launch(self._stage(plan, stream), stream)
         self._answers.reverse()
         pinned, done = self._answers[0]
         logits = pinned[: plan.candidates].numpy()
-        stream = self._stream()
         if logits.nbytes:
             copy_to_host(pinned.data_ptr(), self._logits.data_ptr(), logits.nbytes, stream)
         done.record(stream)
         return Launched(logits, done)
 
-    def _stream(self) -> int:
-        return torch.cuda.current_stream(self._model.device).cuda_stream
-
-    def stage(self, plan: BatchPlan) -> GraphKey:
+    def _stage(self, plan: BatchPlan, stream: int) -> GraphKey:
         """Plan the attention's work and start the copy to the device; the graph that the batch needs."""
         bucket = bucket_rows(plan.rows)
         options = self._stack.work_options
@@ -93,13 +89,13 @@ class GraphRunner:
         if work.max_splits > self._stack.max_splits(bucket):
             work = self._metadata.plan_attention(bucket, plan, **options, pieces=1)
         device, pinned, size = self._metadata.to_copy(bucket, plan.raw_bytes)
-        copy_to_device(device.data_ptr(), pinned.data_ptr(), size, self._stream())
-        self.rows += bucket
-        self.padded_rows += bucket - plan.rows
+        copy_to_device(device.data_ptr(), pinned.data_ptr(), size, stream)
+        self._rows += bucket
+        self._padded_rows += bucket - plan.rows
         direct = work.max_splits <= 1 and not options["deterministic"]  # a rounded sum is another than an unrounded one
         return GraphKey(bucket, work.tile_rows, direct)
 
-    def launch(self, key: GraphKey) -> None:
+    def _launch(self, key: GraphKey, stream: int) -> None:
         """The forward over the staged batch, on the current stream."""
         if not self._capture:
             self._run(key)
@@ -108,7 +104,7 @@ class GraphRunner:
         if graph is None:
             graph = self._record(key)
         self._graphs.move_to_end(key)
-        launch_graph(graph.raw_cuda_graph_exec(), self._stream())
+        launch_graph(graph.raw_cuda_graph_exec(), stream)
 
     @torch.inference_mode()
     def _run(self, key: GraphKey) -> None:
@@ -131,7 +127,19 @@ class GraphRunner:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._run(key)
+        self._captures += 1
         self._graphs[key] = graph
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
         return graph
+
+    def stats(self) -> dict[str, Any]:
+        """What every runner counts, and graphs: those kept, all that were captured, and those that made room."""
+        return {
+            "rows": self._rows,
+            "padded_rows": self._padded_rows,
+            "padded_rows_share": self._padded_rows / self._rows if self._rows else 0.0,
+            "graphs": len(self._graphs),
+            "captures": self._captures,
+            "graph_evictions": self._captures - len(self._graphs),
+        }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,14 @@ class BatchRunner(Protocol):
         """Launch a batch; at most one other is under way."""
         ...
 
+    def stats(self) -> dict[str, Any]:
+        """JSON-able counts since the runner was made.
+
+        `rows`: of all batches, padding included; `padded_rows`: of these, computed for nothing;
+        `padded_rows_share`: their share of all rows, None of a runner that never pads.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Done:
@@ -56,6 +64,7 @@ class Runner:
         self._model = model
         self._kernels = kernels
         self._pool = pool
+        self._rows = 0
 
     def room(self, size: BatchSize) -> BatchArrays:
         """Fresh arrays, no larger than they need to be."""
@@ -64,6 +73,7 @@ class Runner:
     @torch.inference_mode()
     def start(self, plan: BatchPlan) -> Done:
         """Run a batch to its end."""
+        self._rows += plan.rows
         kernel = KernelPlan.of(plan.layout, self._model.device)
         rows = self._model.embed(plan.inputs(self._model.schema))
         rows = self._model.encode(rows, self._pool, kernel, self._kernels)
@@ -71,3 +81,7 @@ class Runner:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
         return Done(logits.cpu().numpy())
+
+    def stats(self) -> dict[str, Any]:
+        """Batches are computed as they come: nothing is padded."""
+        return {"rows": self._rows, "padded_rows": 0, "padded_rows_share": None}

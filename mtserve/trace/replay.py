@@ -213,6 +213,7 @@ def _counters(engine: Engine) -> dict[str, float]:
     stats = engine.stats()
     counters = {name: float(engine.metrics.value(name)) for name in COUNTERS}
     counters["batch_tokens"] = engine.metrics.distribution("batch_tokens").sum
+    counters |= {name: float(stats["runner"][name]) for name in ("rows", "padded_rows")}
     for tier in ("gpu", "host"):
         counters[f"evicted_pages_{tier}"] = float(stats["tiers"].get(tier, {}).get("evicted_pages", 0))
     return counters

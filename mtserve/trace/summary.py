@@ -21,6 +21,7 @@ DEFINITIONS = {
     "hit_ratio_after_first": "the same without each user's first request, which finds nothing: replay starts cold",
     "latency_ms": "closed loop: submission to answer; open loop: scheduled arrival to answer",
     "speedup": "closed loop: ratio of throughputs; open loop: ratio of median latencies (baseline / cached)",
+    "padded_rows_share": "rows that the runner computed to fill its buckets, of all it computed; null where it never pads",
     "max_score_difference": "largest absolute difference of a score, cached against uncached, over all compared requests",
     "working_set_bytes": "pages of the final states of all users who ask, after the model's cut of their histories",
 }
@@ -92,7 +93,14 @@ def _timing(run: RunLog) -> dict[str, Any]:
         "first_failure": run.first_failure,
         "batches": run.counters["batches_total"],
         "batch_tokens": run.counters["batch_tokens"],
+        "padded_rows_share": _padded_rows_share(run),
     }
+
+
+def _padded_rows_share(run: RunLog) -> float | None:
+    if run.stats["runner"]["padded_rows_share"] is None:
+        return None
+    return float(run.counters["padded_rows"] / max(1.0, run.counters["rows"]))
 
 
 def _tokens(result: ReplayResult) -> dict[str, int]:

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mtserve.cli import main
+from mtserve.engine.runner import Runner
 from mtserve.model.presets import build
 from mtserve.model.weights import save
 from mtserve.trace import agreement
@@ -46,8 +48,25 @@ def test_replay_prints_tables_and_writes_json_and_plots(
     assert found["hit_ratio"]["request"].keys() == found["hit_ratio"]["token"].keys() == {"gpu", "host", "total"}
     assert found["agreement"]["verified"]["requests"] == 2
     assert found["max_score_difference"] <= 1e-5
+    assert found["padded_rows_share"] is None
+    assert "padding" not in out
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in plots.iterdir())
     assert len(list(plots.iterdir())) == 4
+
+
+def test_padding_is_shown_where_the_runner_pads(
+    trace: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counted = Runner.stats
+
+    def stats(runner: Runner) -> dict[str, Any]:
+        rows = counted(runner)["rows"]  # as many again are padding
+        return {"rows": 2 * rows, "padded_rows": rows, "padded_rows_share": 0.5}
+
+    monkeypatch.setattr(Runner, "stats", stats)
+    assert main(["replay", trace, "--verify", "1", "--baseline-requests", "4", *ENGINE]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "rows computed as padding, %" in line)
+    assert line.count("50.0") == 2
 
 
 def test_replay_takes_a_model_file_and_a_configuration_file(

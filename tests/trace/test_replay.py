@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from replay_world import small_trace, tiny_model
 
 from mtserve.config import EngineConfig, ModelConfig
+from mtserve.engine.batch import BatchPlan
+from mtserve.engine.runner import Done, Runner
 from mtserve.errors import InvalidArgument
 from mtserve.model.ranking import RankingModel
 from mtserve.model.schema import Feature, FeatureSchema
@@ -72,6 +75,7 @@ def test_the_summary_has_every_key_and_adds_up(result: ReplayResult) -> None:
     candidates = int(result.trace.cand_offsets[-1])
     assert summary["baseline"]["batch_tokens"] == tokens["prefix"] + candidates
     assert summary["batch_tokens"] < summary["baseline"]["batch_tokens"]
+    assert summary["padded_rows_share"] is summary["baseline"]["padded_rows_share"] is None
     memory = summary["memory"]
     assert memory["gpu"]["peak_pages"] <= memory["gpu"]["capacity_pages"]
     assert memory["load_bytes"] % memory["page_bytes"] == 0
@@ -86,6 +90,27 @@ def test_counts_repeat_and_each_request_saw_its_own_history(result: ReplayResult
     assert misplaced(again.cached, rows) == 1
     assert again.speedup is None
     assert summarise(again)["baseline"] is None
+
+
+def test_the_share_of_padding_is_that_of_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every batch were padded to 64 rows, and the engine's first batch to 10,000 on top: the warm-up's."""
+    start = Runner.start
+    batches: list[int] = []
+
+    def noted(runner: Runner, plan: BatchPlan) -> Done:
+        batches.append(plan.rows)
+        return start(runner, plan)
+
+    def stats(runner: Runner) -> dict[str, Any]:
+        padded = sum(-rows % 64 for rows in batches) + (10_000 if batches else 0)
+        return {"rows": sum(batches) + padded, "padded_rows": padded, "padded_rows_share": 0.99}
+
+    monkeypatch.setattr(Runner, "start", noted)
+    monkeypatch.setattr(Runner, "stats", stats)
+    result = replay(small_trace(), tiny_model(), CPU, ReplayConfig(concurrency=1, verify=0, baseline_requests=0))
+    measured = batches[-int(result.cached.counters["batches_total"]) :]
+    padded = sum(-rows % 64 for rows in measured)
+    assert summarise(result)["padded_rows_share"] == pytest.approx(padded / (sum(measured) + padded))
 
 
 def test_open_loop_and_a_capped_baseline() -> None:

@@ -1,0 +1,83 @@
+"""The README's figures: each from its result file, and a file that is not there is named, not made up."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "readme_figures.py"
+STAMP = {"commit": "abc", "seed": 3, "gpu": "some GPU", "processor": "some CPU"}
+STEPS = {"launch_cpu_ms": 0.25, "gpu_ms": 1.5, "gap_ms": 0.01, "gpu_idle_share": 0.02, "requests_per_s": 999.6}
+LOOP = {
+    "stamp": STAMP, "model": "hstu-512", "users": 64, "batch": 32, "history": 4096, "new": 4, "candidates": 256,
+    "steps": STEPS, "clients": {**STEPS, "threads": 64, "latency_p50_ms": 5.25, "latency_p99_ms": 7.75},
+}  # fmt: skip
+PRODUCT = {
+    **STAMP,
+    "rows": [
+        {"shape": "projection T9 d8", "floor_ms": 0.002, "tile": "64x64", "tflops": 12.4,
+         "ms": {"ours": 0.0031, "torch.mm alone": 0.0042}},
+        {"shape": "output T9 d8", "floor_ms": 0.001, "tile": "64x128", "tflops": 9.6,
+         "ms": {"ours": 0.0021, "torch.addmm": 0.0053, "torch.mm alone": 0.0032}},
+    ],
+}  # fmt: skip
+FORWARD = {
+    "stamp": STAMP,
+    "results": [
+        {"case": "old", "ms": 0.5, "floor_ms": 0.25, "public_ms": None},
+        {"case": "new", "ms": 0.5, "floor_ms": 0.25, "public_ms": 1.5, "deterministic_ms": 0.625},
+    ],
+}
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script with an empty folder of results."""
+    spec = importlib.util.spec_from_file_location("readme_figures", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def _replay(**more: Any) -> dict[str, Any]:
+    timing = {"latency_ms": {"p50": 2.0}, "throughput_rps": 10.0}
+    ratios = {"token": {"gpu": 0.5, "host": 0.25, "total": 0.75}}
+    return {**timing, "baseline": timing, "hit_ratio": ratios, "speedup": 1.0, "max_score_difference": 0.001, **more}
+
+
+def test_missing_results_are_named_with_the_command_that_makes_them(script: ModuleType) -> None:
+    lines = script.figures().splitlines()
+    for name, command, _ in script.SECTIONS:
+        assert f"`benchmarks/results/{name}` is not there yet: `{command}` writes it." in lines
+
+
+def test_products_loop_and_deterministic_forward_are_shown(script: ModuleType) -> None:
+    for name, content in (("loop", LOOP), ("product", PRODUCT), ("forward", FORWARD)):
+        (script.RESULTS / f"{name}.json").write_text(json.dumps(content))
+    lines = script.figures().splitlines()
+    for row in (
+        "| projection T9 d8 | 3.1 | 64x64 | 12 | 2.0 | - | 4.2 |",
+        "| output T9 d8 | 2.1 | 64x128 | 10 | 1.0 | 5.3 | 3.2 |",
+        "| old | 0.500 | - | 0.250 | - |",
+        "| new | 0.500 | 0.625 | 0.250 | 1.50 |",
+        "| hand, its queue full | 1.500 | 0.250 | 0.010 | 2.0 | 1000 | - / - |",
+        "| 64 client threads | 1.500 | 0.250 | 0.010 | 2.0 | 1000 | 5.2 / 7.8 |",
+    ):
+        assert row in lines
+    assert sum("some GPU, commit abc, seed 3" in line for line in lines) == 3
+
+
+def test_padding_has_a_column_where_a_replay_padded(script: ModuleType) -> None:
+    plain = script.replay_rows({"a": _replay(), "b": _replay(padded_rows_share=None)})
+    assert plain[0].endswith("| largest score difference |")
+    assert plain[3] == "| b | 50.0 / 25.0 / 75.0 | 2.0 / 2.0 | 10.0 / 10.0 | 1.00 | 1.0e-03 |"
+    padded = script.replay_rows({"a": _replay(), "b": _replay(padded_rows_share=0.0625)})
+    assert padded[0].endswith("| rows computed as padding, % |")
+    assert [row.split(" | ")[-1] for row in padded[2:]] == ["- |", "6.2 |"]
