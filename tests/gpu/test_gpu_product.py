@@ -255,7 +255,7 @@ def test_what_does_not_fit_is_named() -> None:
         case.kernel.run(**arguments, layer=LAYERS)
     assert caught.value.field == "layer"
     with pytest.raises(InvalidArgument) as caught:
-        case.kernel.run(**arguments, layer=LAYER, tile=Tile(32, 32, 1))
+        case.kernel.run(**arguments, layer=LAYER, tile=Tile(32, 32))
     assert caught.value.field == "tile"
     with pytest.raises(InvalidArgument) as caught:
         output.kernel.run(output.x, output.gated[1:], output.weight)
