@@ -15,7 +15,14 @@ from mtserve.engine.heads import TaskHeads
 from mtserve.engine.metadata import Capacity, Metadata, bucket_rows
 from mtserve.engine.stack import Stack
 from mtserve.engine.tokens import TokenEmbedding
-from mtserve.kernels.cuda.driver import Event, copy_to_device, copy_to_host, launch_graph
+from mtserve.kernels.cuda.driver import (
+    Event,
+    copy_to_device,
+    copy_to_host,
+    current_context,
+    launch_graph,
+    use_context,
+)
 from mtserve.model.ranking import RankingModel
 
 # Graphs kept at once; the least recently used goes first. A graph of 8 layers takes a few hundred KiB.
@@ -62,6 +69,7 @@ class GraphRunner:
             self._metadata = Metadata(capacity, model.device)
             self._logits = torch.zeros(capacity.rows, tasks, dtype=torch.float32, device=model.device)
             self._answers = [(torch.zeros(capacity.rows, tasks, pin_memory=True), Event()) for _ in range(2)]
+        self._context = current_context()
         self._graphs: OrderedDict[GraphKey, torch.cuda.CUDAGraph] = OrderedDict()
         self._rows = self._padded_rows = self._captures = 0
 
@@ -71,6 +79,7 @@ class GraphRunner:
 
     def start(self, plan: BatchPlan) -> Launched:
         """Launch the batch laid out in `room`; nothing here waits for the device. At most one other may be under way."""
+        use_context(self._context)  # the caller's thread need not have called CUDA before
         stream = torch.cuda.current_stream(self._model.device).cuda_stream
         self._launch(self._stage(plan, stream), stream)
         self._answers.reverse()

@@ -110,6 +110,25 @@ def test_scores_on_graphs_keep_the_contract(shape: dict[str, Any], changes: dict
         assert _relative_l2(played.logits, truth) <= 1.2 * plain + 1e-4
 
 
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_the_engines_own_thread_needs_no_other_cuda_call_first(cache: str) -> None:
+    model, rng = small_model(2, **SHAPES[2], **LENGTHS), np.random.default_rng(0)
+    candidates = make_candidates(rng, 40, START_MS + 10**9, model.schema)
+    rows = make_behaviours(rng, 300, START_MS, model.schema)
+    logits = []
+    for start in (True, False):
+        options = EngineConfig(
+            device="cuda", dtype="bfloat16", kernels="cuda", gpu_cache="64MiB", host_cache="0", cache=cache
+        )
+        with Engine(model, options, start=start) as engine:
+            engine.put_user("a", history=rows)
+            future = engine.submit(Request("a", candidates))
+            while not start and not future.done():
+                engine.step()
+            logits.append(future.result(30).logits)
+    assert np.array_equal(*logits)
+
+
 def test_without_graphs_the_scores_are_the_same() -> None:
     model = small_model(2, **SHAPES[2], **LENGTHS)
     captured = _play(model, kernels="cuda", gpu_cache="64MiB")

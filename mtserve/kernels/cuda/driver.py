@@ -1,6 +1,6 @@
 """The few calls of the CUDA driver that our kernels need, over ctypes: every return code is checked.
 
-Uses the context that torch made current; a caller elsewhere enters `torch.cuda.device` first. Calls that only queue
+Uses the thread's current context, which torch sets with its first call there, and `use_context` at any time. Calls that only queue
 work keep the interpreter's lock: they are over sooner than other threads would give it back.
 """
 
@@ -88,6 +88,18 @@ def copy_to_host(to: int, source: int, size: int, stream: int) -> None:
 def launch_graph(executable: int, stream: int) -> None:
     """Queue an instantiated graph (`torch.cuda.CUDAGraph.raw_cuda_graph_exec`)."""
     _queue("cuGraphLaunch", ctypes.c_void_p(executable), ctypes.c_void_p(stream))
+
+
+def current_context() -> int:
+    """The context that is current in this thread."""
+    handle = ctypes.c_void_p()
+    _call("cuCtxGetCurrent", ctypes.byref(handle))
+    return handle.value or 0
+
+
+def use_context(context: int) -> None:
+    """Make `context` current in this thread; a thread that has not called CUDA yet has none."""
+    _queue("cuCtxSetCurrent", ctypes.c_void_p(context))
 
 
 class Event:
