@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from mtserve.errors import TransferFailed
 from mtserve.history.store import HistoryStore
 from mtserve.model.ranking import RankingModel
 from mtserve.model.reference import recompute
-from mtserve.transfer.mover import Fault, Finished, Mover
+from mtserve.transfer.mover import Copy, Fault, Finished, Mover, SyncMover
 from mtserve.types import History, Request, Rows, ScoreResult
 
 TOLERANCE = 1e-5
@@ -38,34 +38,28 @@ class FakeClock:
         return self.now
 
 
-class DelayedMover(Mover):
+class DelayedMover(SyncMover):
     """Copies that end when told to. `late` copies bytes at the end, otherwise at the start: both are allowed."""
 
     def __init__(self, old: Mover, late: bool, fault: Fault | None = None) -> None:
         super().__init__(old.pool, old.arena, fault)
         self.late = late
-        self.jobs: list[tuple[str, int, Any, Any, TransferFailed | None]] = []
+        self.jobs: list[tuple[str, Copy, TransferFailed | None]] = []
         self.ended: list[Finished] = []
         self.submitted: list[str] = []
 
-    def submit(self, kind: str, ticket: int, pool_pages: Any, arena_pages: Any) -> None:
-        self.submitted.append(kind)
-        error = None if self.late else self._try(kind, pool_pages, arena_pages)
-        self.jobs.append((kind, ticket, pool_pages.copy(), arena_pages.copy(), error))
-
-    def _try(self, kind: str, pool_pages: Any, arena_pages: Any) -> TransferFailed | None:
-        try:
-            self._copy(kind, pool_pages, arena_pages)
-        except TransferFailed as error:
-            return error
-        return None
+    def submit(self, kind: str, copies: Sequence[Copy]) -> None:
+        for each in copies:
+            copy = Copy(each.ticket, each.pool_pages.copy(), each.arena_pages.copy())
+            self.submitted.append(kind)
+            self.jobs.append((kind, copy, None if self.late else self._attempt(kind, copy)))
 
     def release(self, index: int = 0) -> None:
         """End one job, by default the oldest."""
-        kind, ticket, pool_pages, arena_pages, error = self.jobs.pop(index)
+        kind, copy, error = self.jobs.pop(index)
         if self.late:
-            error = self._try(kind, pool_pages, arena_pages)
-        self.ended.append(Finished(kind, ticket, error))
+            error = self._attempt(kind, copy)
+        self.ended.append(Finished(kind, copy.ticket, error))
 
     def release_all(self) -> None:
         while self.jobs:

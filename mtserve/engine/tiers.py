@@ -20,7 +20,7 @@ from mtserve.engine.job import Job
 from mtserve.engine.scheduler import Slot
 from mtserve.engine.sequence import UserSequence
 from mtserve.metrics import Metrics
-from mtserve.transfer.mover import LOAD, STORE, Mover
+from mtserve.transfer.mover import LOAD, STORE, Copy, Mover
 
 # Times one request asks for its prefix from the host; evicted again before its batch, it is encoded.
 MAX_LOADS = 2
@@ -59,6 +59,7 @@ class Tiers:
         self._storing: dict[int, tuple[str, int]] = {}
         self._unsaved: dict[str, None] = {}  # users with states that the host may not have yet, oldest first
         self._failed_loads: set[str] = set()
+        self._to_load: list[Copy] = []  # decided in this step
         self._reserved_pages = 0  # of the batch under way
         self._window: dict[str, None] = {}  # users whose turn is near enough to load them
         # What the index says of the first waiting jobs: from `onload` to the batch that follows, or to a load's begin or end.
@@ -102,6 +103,10 @@ class Tiers:
             if present.loading or present.host_tokens > present.gpu_tokens:
                 self._bring(job, present)
         self._failed_loads.clear()
+        if self._to_load:
+            self._metrics.count("loads_in_flight", len(self._to_load))
+            self.mover.submit(LOAD, self._to_load)
+            self._to_load = []
 
     def _bring(self, job: Job, present: Presence) -> None:
         if present.in_batch:
@@ -138,8 +143,7 @@ class Tiers:
         job.loads += 1
         job.loaded_from = gpu_tokens if job.loaded_from < 0 else min(job.loaded_from, gpu_tokens)
         self._loading[load.ticket] = (job.user_id, len(load.gpu_pages))
-        self._metrics.count("loads_in_flight")
-        self.mover.submit(LOAD, load.ticket, load.gpu_pages, load.host_pages)
+        self._to_load.append(Copy(load.ticket, load.gpu_pages, load.host_pages))
 
     def _share_load(self, job: Job, gpu_tokens: int) -> None:
         """A second request of a user whose load is under way waits for the same one."""
@@ -201,19 +205,19 @@ class Tiers:
 
     def write_back(self) -> None:
         """Start copying to the host what it does not have yet."""
-        started = 0
+        copies = []
         for user_id in list(self._unsaved):
             store = self.index.begin_store(user_id)
             if store is not None:
                 self._poison_freed()
                 self._storing[store.ticket] = (user_id, len(store.gpu_pages))
-                started += 1
-                self.mover.submit(STORE, store.ticket, store.gpu_pages, store.host_pages)
+                copies.append(Copy(store.ticket, store.gpu_pages, store.host_pages))
             elif self.index.is_busy(user_id).storing:
                 continue  # more came while its last write-back runs: again when that has ended
             del self._unsaved[user_id]
-        if started:
-            self._metrics.count("stores_in_flight", started)
+        if copies:
+            self._metrics.count("stores_in_flight", len(copies))
+            self.mover.submit(STORE, copies)
 
     def holds(self, sequence: UserSequence) -> bool:
         """Whether any state of `sequence` is in any tier."""

@@ -11,7 +11,7 @@ Who waits for whom, on CUDA:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +23,21 @@ from mtserve.errors import TransferFailed
 LOAD, STORE = "load", "store"
 
 Fault = Callable[[str], None]
-"""Called with "load" or "store" before each copy; raises TransferFailed to make that copy fail (tests, chaos)."""
+"""Called with "load" or "store" before each job; raises TransferFailed to make that one fail (tests, chaos)."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One job: pool_pages[i] <-> arena_pages[i], int32 [n] each. `ticket` is told again when it has ended."""
+
+    ticket: int
+    pool_pages: npt.NDArray[np.int32]
+    arena_pages: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One job that came to its end: what `submit` was given, and how it went. `error` is None on success."""
+    """One job that came to its end, and how it went. `error` is None on success."""
 
     kind: str
     ticket: int
@@ -41,14 +50,13 @@ class Mover(ABC):
     def __init__(self, pool: torch.Tensor, arena: torch.Tensor, fault: Fault | None = None) -> None:
         assert pool.shape[1:] == arena.shape[1:]
         assert pool.dtype == arena.dtype
+        assert pool.is_contiguous() and arena.is_contiguous()
         self.pool, self.arena = pool, arena
         self._fault = fault
 
     @abstractmethod
-    def submit(
-        self, kind: str, ticket: int, pool_pages: npt.NDArray[np.int32], arena_pages: npt.NDArray[np.int32]
-    ) -> None:
-        """Start copying pool_pages[i] <-> arena_pages[i]: "load" fills the pool, "store" the arena."""
+    def submit(self, kind: str, copies: Sequence[Copy]) -> None:
+        """Start copies that were decided together: "load" fills the pool, "store" the arena."""
 
     @abstractmethod
     def poll(self) -> list[Finished]:
@@ -62,14 +70,25 @@ class Mover(ABC):
     def wait(self) -> None:
         """Block until every submitted job has ended; `poll` then reports them all."""
 
-    def _copy(self, kind: str, pool_pages: npt.NDArray[np.int32], arena_pages: npt.NDArray[np.int32]) -> None:
-        if self._fault is not None:
-            self._fault(kind)
-        for pool_first, arena_first, count in runs(pool_pages, arena_pages):
+    def copy_now(self, kind: str, copy: Copy) -> None:
+        """Copy the bytes of one job, on the current stream."""
+        for pool_first, arena_first, count in runs(copy.pool_pages, copy.arena_pages):
             inside = self.pool[pool_first : pool_first + count]
             outside = self.arena[arena_first : arena_first + count]
             target, source = (inside, outside) if kind == LOAD else (outside, inside)
             target.copy_(source, non_blocking=True)
+
+    def _attempt(self, kind: str, copy: Copy) -> TransferFailed | None:
+        """`copy_now`; what went wrong."""
+        try:
+            if self._fault is not None:
+                self._fault(kind)
+            self.copy_now(kind, copy)
+        except TransferFailed as failure:
+            return failure
+        except RuntimeError as failure:
+            return TransferFailed(f"{kind} of {len(copy.pool_pages)} pages: {failure}")
+        return None
 
 
 class SyncMover(Mover):
@@ -79,15 +98,8 @@ class SyncMover(Mover):
         super().__init__(pool, arena, fault)
         self._finished: list[Finished] = []
 
-    def submit(
-        self, kind: str, ticket: int, pool_pages: npt.NDArray[np.int32], arena_pages: npt.NDArray[np.int32]
-    ) -> None:
-        error = None
-        try:
-            self._copy(kind, pool_pages, arena_pages)
-        except TransferFailed as failure:
-            error = failure
-        self._finished.append(Finished(kind, ticket, error))
+    def submit(self, kind: str, copies: Sequence[Copy]) -> None:
+        self._finished += [Finished(kind, copy.ticket, self._attempt(kind, copy)) for copy in copies]
 
     def poll(self) -> list[Finished]:
         finished, self._finished = self._finished, []
@@ -109,29 +121,25 @@ class _Job:
 
 
 class CudaMover(Mover):
-    """Copies on two streams of their own, one a direction, ordered against the compute stream by events."""
+    """Copies on two streams of their own, one a direction, ordered against the compute stream by events.
+
+    Copies submitted together wait for the compute stream once; each ends on an event of its own.
+    """
 
     def __init__(self, pool: torch.Tensor, arena: torch.Tensor, fault: Fault | None = None) -> None:
         super().__init__(pool, arena, fault)
         self._streams = {kind: torch.cuda.Stream(pool.device) for kind in (LOAD, STORE)}
         self._jobs: list[_Job] = []
 
-    def submit(
-        self, kind: str, ticket: int, pool_pages: npt.NDArray[np.int32], arena_pages: npt.NDArray[np.int32]
-    ) -> None:
+    def submit(self, kind: str, copies: Sequence[Copy]) -> None:
         stream = self._streams[kind]
         stream.wait_stream(torch.cuda.current_stream(self.pool.device))
-        error = None
         with torch.cuda.stream(stream):
-            try:
-                self._copy(kind, pool_pages, arena_pages)
-            except TransferFailed as failure:
-                error = failure
-            except RuntimeError as failure:
-                error = TransferFailed(f"{kind} of {len(pool_pages)} pages: {failure}")
-            done = torch.cuda.Event()
-            done.record(stream)
-        self._jobs.append(_Job(kind, ticket, done, error))
+            for copy in copies:
+                error = self._attempt(kind, copy)
+                done = torch.cuda.Event()
+                done.record(stream)
+                self._jobs.append(_Job(kind, copy.ticket, done, error))
 
     def poll(self) -> list[Finished]:
         ended = [job for job in self._jobs if job.done.query()]

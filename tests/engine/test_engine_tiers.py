@@ -12,6 +12,7 @@ from engine_world import World
 from small_models import CAUSAL, small_model
 
 from mtserve.errors import NotFound
+from mtserve.transfer.mover import Copy
 
 Make = Callable[..., World]
 
@@ -213,16 +214,16 @@ def test_pages_of_both_tiers_hold_the_same_bytes(world: Make) -> None:
     w = world(gpu_pages=17, host_pages=40, page_tokens=3)
     mover = w.delay_copies(late=False)
     unequal = []
-    real = mover._copy
+    real = mover.copy_now
 
-    def compared(kind: str, pool_pages: Any, arena_pages: Any) -> None:
-        real(kind, pool_pages, arena_pages)
-        inside = mover.pool[pool_pages.astype(np.int64)].numpy()
-        outside = mover.arena[arena_pages.astype(np.int64)].numpy()
+    def compared(kind: str, copy: Copy) -> None:
+        real(kind, copy)
+        inside = mover.pool[copy.pool_pages.astype(np.int64)].numpy()
+        outside = mover.arena[copy.arena_pages.astype(np.int64)].numpy()
         if inside.tobytes() != outside.tobytes():
-            unequal.append((kind, pool_pages, arena_pages))
+            unequal.append((kind, copy))
 
-    mover._copy = compared  # type: ignore[method-assign]
+    mover.copy_now = compared  # type: ignore[method-assign]
     for user in "abcd":
         w.put(user, 11)
     for turn in range(40):
