@@ -86,8 +86,6 @@ class Mover(ABC):
             self.copy_now(kind, copy)
         except TransferFailed as failure:
             return failure
-        except RuntimeError as failure:
-            return TransferFailed(f"{kind} of {len(copy.pool_pages)} pages: {failure}")
         return None
 
 
@@ -140,6 +138,12 @@ class CudaMover(Mover):
                 done = torch.cuda.Event()
                 done.record(stream)
                 self._jobs.append(_Job(kind, copy.ticket, done, error))
+
+    def copy_now(self, kind: str, copy: Copy) -> None:
+        try:
+            super().copy_now(kind, copy)
+        except RuntimeError as failure:
+            raise TransferFailed(f"{kind} of {len(copy.pool_pages)} pages: {failure}") from None
 
     def poll(self) -> list[Finished]:
         ended = [job for job in self._jobs if job.done.query()]
