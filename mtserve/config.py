@@ -154,6 +154,13 @@ class EngineConfig(Config):
     host_cache: str = option(
         "1GiB", "states in host memory, pinned on cuda: bytes, or a share of available memory; 0 turns the tier off"
     )
+    write_back_idle_ms: int = option(
+        100,
+        "full pages are saved to the host at once; a partly filled one when its user has been idle for so long",
+        low=0,
+        high=3_600_000,
+        unit="ms",
+    )
     page_tokens: int = option(64, "tokens of a page", low=1, high=1024, unit="tokens")
     policy: str = option("lru", "which users lose their states first", choices=("lru",))
     max_batch_tokens: int = option(

@@ -68,6 +68,7 @@ TABLE: tuple[Family, ...] = (
     _histogram("batch_seconds", "one batch from planning to scores, in seconds", -20, 8),
     _gauge("loads_in_flight", "host to GPU copies under way"),
     _gauge("stores_in_flight", "GPU to host copies under way"),
+    _gauge("unsaved_users", "users with states that the host does not have yet"),
     _counter("loads_total", "host to GPU copies completed"),
     _counter("stores_total", "GPU to host copies completed"),
     _counter("loads_failed_total", "host to GPU copies that failed; their tokens were encoded again"),

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from small_models import START_MS, make_behaviours, make_candidates, make_features, small_model
 
+from mtserve.cache.index import Copy
 from mtserve.config import EngineConfig
 from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize
 from mtserve.engine.engine import Engine
@@ -22,7 +23,7 @@ from mtserve.errors import TransferFailed
 from mtserve.history.store import HistoryStore
 from mtserve.model.ranking import RankingModel
 from mtserve.model.reference import recompute
-from mtserve.transfer.mover import Copy, Fault, Finished, Mover, SyncMover
+from mtserve.transfer.mover import Fault, Finished, Mover, SyncMover
 from mtserve.types import History, Request, Rows, ScoreResult
 
 TOLERANCE = 1e-5
@@ -50,7 +51,8 @@ class DelayedMover(SyncMover):
 
     def submit(self, kind: str, copies: Sequence[Copy]) -> None:
         for each in copies:
-            copy = Copy(each.ticket, each.pool_pages.copy(), each.arena_pages.copy())
+            pages = (each.gpu_pages.copy(), each.host_pages.copy())
+            copy = Copy(each.ticket, each.user, *pages, each.first_token, each.tokens)
             self.submitted.append(kind)
             self.jobs.append((kind, copy, None if self.late else self._attempt(kind, copy)))
 
@@ -146,7 +148,7 @@ class World:
         sizes = EngineConfig(device=device, dtype=dtype, page_tokens=page_tokens, poison_pages=True)
         page = page_shape(self.model.config, sizes, DTYPES[dtype]).bytes
         tiers = {"gpu_cache": f"{gpu_pages * page}B", "host_cache": f"{host_pages * page}B"}
-        self.config = dataclasses.replace(sizes, **{**tiers, **config})
+        self.config = dataclasses.replace(sizes, **{**tiers, "write_back_idle_ms": 0, **config})
         self.engine = Engine(self.model, self.config, history=history, clock=self.clock, start=start, fault=fault)
         self.rows: dict[str, Rows] = {}
         self.features: dict[str, Rows | None] = {}

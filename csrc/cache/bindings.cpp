@@ -96,6 +96,13 @@ nb::object begin_load(Index& index, nb::handle user, nb::handle chain, double no
     return copy_tuple(index.begin_load(user_view(user, "user"), chain_view(buffer, "chain"), now));
 }
 
+nb::list begin_stores(Index& index, nb::sequence users, bool tail, double now) {
+    const Items items(users, "users");
+    nb::list plans;
+    for (Py_ssize_t i = 0; i < items.size(); ++i) plans.append(copy_tuple(index.begin_store(user_view(items[i], "users"), tail, now)));
+    return plans;
+}
+
 nb::tuple busy(const Index& index, nb::handle user) {
     const Entry* entry = index.find(user_view(user, "user"));
     return nb::make_tuple(entry && entry->load, entry && entry->store, entry && entry->batch);
@@ -189,9 +196,7 @@ void bind_index(nb::module_& module) {
         .def("end_batch", &Index::end_batch, "ticket"_a, "success"_a)
         .def("_begin_load", &begin_load, "user"_a, "chain"_a, "now"_a)
         .def("end_load", &Index::end_load, "ticket"_a, "success"_a)
-        .def("_begin_store",
-             [](Index& index, nb::handle user, double now) { return copy_tuple(index.begin_store(user_view(user, "user"), now)); },
-             "user"_a, "now"_a)
+        .def("_begin_stores", &begin_stores, "users"_a, "tail"_a, "now"_a)
         .def("end_store", &Index::end_store, "ticket"_a, "success"_a)
         .def("_touch", &touch, "users"_a, "now"_a)
         .def("invalidate", [](Index& index, nb::handle user) { return index.invalidate(user_view(user, "user")); }, "user"_a)

@@ -167,10 +167,11 @@ void Index::touch(std::string_view user, double now) {
     if (Entry* entry = find(user)) touch(*entry, now);
 }
 
-CopyPlan Index::begin_store(std::string_view user, double now) {
+CopyPlan Index::begin_store(std::string_view user, bool tail, double now) {
     Entry* entry = find(user);
     if (!entry || entry->load || entry->store) return {};
-    return begin_copy(*entry, kHost, entry->on[kGpu].tokens, now);
+    const int32_t tokens = entry->on[kGpu].tokens;
+    return begin_copy(*entry, kHost, tail ? tokens : tokens / page_tokens_ * page_tokens_, now);
 }
 
 // Plans the copy of tokens [what `to` has, target) into `to`, shortened to the room that can be had.

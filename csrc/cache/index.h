@@ -120,7 +120,7 @@ public:
     void end_batch(Ticket ticket, bool success);
     CopyPlan begin_load(std::string_view user, ChainView chain, double now);
     void end_load(Ticket ticket, bool success);
-    CopyPlan begin_store(std::string_view user, double now);
+    CopyPlan begin_store(std::string_view user, bool tail, double now);  // without `tail` full pages only
     void end_store(Ticket ticket, bool success);
 
     // Counts as a use of the user's states in both tiers, so that others are evicted first.

@@ -158,15 +158,22 @@ class TieredIndex(_core.Index):
 
         None when the GPU has all of it already, the user is busy in any way, or there is no room at all.
         """
-        return _copy(Load, user, self._begin_load(user, chain, self._clock()))
+        plan = self._begin_load(user, chain, self._clock())
+        return None if plan is None else _copy(Load, user, plan)
 
-    def begin_store(self, user: str) -> Store | None:
+    def begin_store(self, user: str, tail: bool = True) -> Store | None:
         """Plan GPU to host for the tokens the host lacks; perhaps only a part for want of room.
 
-        None when it lacks none, a load or store of the user is open, or there is no room at all.
+        Without `tail` only full pages: tokens behind the last of these are left for later.
+        None when there is nothing to save, a load or store of the user is open, or there is no room at all.
         A batch in flight is no obstacle: it writes only behind what is stored.
         """
-        return _copy(Store, user, self._begin_store(user, self._clock()))
+        return next(iter(self.begin_stores([user], tail)), None)
+
+    def begin_stores(self, users: Sequence[str], tail: bool = True) -> list[Store]:
+        """`begin_store` of many, without those that it is None for."""
+        plans = self._begin_stores(users, tail, self._clock())
+        return [_copy(Store, user, plan) for user, plan in zip(users, plans, strict=True) if plan is not None]
 
     def drain_freed(self, tier: str) -> PageIds:
         """Pages of `tier` ("gpu" or "host") freed since the last call, int32, for tests that poison them.
@@ -182,9 +189,7 @@ class TieredIndex(_core.Index):
         return IndexStats(TierStats(*gpu), TierStats(*host), *rest)
 
 
-def _copy(kind: type[C], user: str, plan: tuple[int, bytes, bytes, int, int] | None) -> C | None:
-    if plan is None:
-        return None
+def _copy(kind: type[C], user: str, plan: tuple[int, bytes, bytes, int, int]) -> C:
     ticket, gpu_pages, host_pages, first_token, tokens = plan
     return kind(
         ticket, user, np.frombuffer(gpu_pages, np.int32), np.frombuffer(host_pages, np.int32), first_token, tokens

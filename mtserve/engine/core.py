@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,7 @@ class Core:
             self.config.page_tokens, gpu_pages, host_pages, self.config.policy, clock=self._clock, track_freed=poison
         )
         mover = make_mover(pool, arena, fault)
-        return Tiers(index, mover, self.config, self._metrics, self._max_prefix(model))
+        return Tiers(index, mover, self.config, self._metrics, self._clock, self._max_prefix(model))
 
     def _install(self, model: RankingModel) -> None:
         if model.device != self.device or model.dtype != self.dtype:
@@ -272,6 +273,10 @@ class Core:
     def busy(self) -> bool:
         """Whether requests wait or copies are under way."""
         return len(self.scheduler) > 0 or self._flight is not None or (self.tiers is not None and self.tiers.busy())
+
+    def due_in(self) -> float:
+        """Seconds until there is something to do by itself; infinity when nothing is."""
+        return math.inf if self.tiers is None else self.tiers.due_in()
 
     def check(self) -> None:
         """Raise when any structure of the loop is inconsistent."""

@@ -140,4 +140,4 @@ class Loop:
     def _sleep(self) -> None:
         with self._wake:
             if not self._inbox and self.state != "closed":
-                self._wake.wait(POLL_S if self._core.busy() else IDLE_S)
+                self._wake.wait(POLL_S if self._core.busy() else min(IDLE_S, self._core.due_in()))

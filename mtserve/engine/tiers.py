@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtserve.cache.index import IndexStats, Presence, TieredIndex
+from mtserve.cache.index import IndexStats, Load, Presence, TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine.job import Job
 from mtserve.engine.scheduler import Slot
 from mtserve.engine.sequence import UserSequence
+from mtserve.engine.write_back import WriteBack
 from mtserve.metrics import Metrics
-from mtserve.transfer.mover import LOAD, STORE, Copy, Mover
+from mtserve.transfer.mover import LOAD, STORE, Mover
+from mtserve.types import Clock
 
 # Times one request asks for its prefix from the host; evicted again before its batch, it is encoded.
 MAX_LOADS = 2
@@ -44,7 +46,7 @@ class Tiers:
     """Onload, write-back and reservation of pages. Owned by the engine's loop."""
 
     def __init__(
-        self, index: TieredIndex, mover: Mover, config: EngineConfig, metrics: Metrics, max_prefix: int
+        self, index: TieredIndex, mover: Mover, config: EngineConfig, metrics: Metrics, clock: Clock, max_prefix: int
     ) -> None:
         self.index = index
         self.mover = mover
@@ -57,9 +59,9 @@ class Tiers:
         self._page_table = np.full((slots, -(-max_prefix // config.page_tokens)), -1, dtype=np.int32)
         self._loading: dict[int, tuple[str, int]] = {}  # ticket -> user, pages
         self._storing: dict[int, tuple[str, int]] = {}
-        self._unsaved: dict[str, None] = {}  # users with states that the host may not have yet, oldest first
+        self._write_back = WriteBack(index, clock, config.write_back_idle_ms / 1000)
         self._failed_loads: set[str] = set()
-        self._to_load: list[Copy] = []  # decided in this step
+        self._to_load: list[Load] = []  # decided in this step
         self._reserved_pages = 0  # of the batch under way
         self._window: dict[str, None] = {}  # users whose turn is near enough to load them
         # What the index says of the first waiting jobs: from `onload` to the batch that follows, or to a load's begin or end.
@@ -143,7 +145,7 @@ class Tiers:
         job.loads += 1
         job.loaded_from = gpu_tokens if job.loaded_from < 0 else min(job.loaded_from, gpu_tokens)
         self._loading[load.ticket] = (job.user_id, len(load.gpu_pages))
-        self._to_load.append(Copy(load.ticket, load.gpu_pages, load.host_pages))
+        self._to_load.append(load)
 
     def _share_load(self, job: Job, gpu_tokens: int) -> None:
         """A second request of a user whose load is under way waits for the same one."""
@@ -199,25 +201,19 @@ class Tiers:
         self.index.end_batch(reservation.ticket, success)
         self._reserved_pages -= reservation.pages
         if success and self._has_host:
-            self._unsaved.update(dict.fromkeys(slot.user_id for slot in slots))
+            self._write_back.grew([slot.user_id for slot in slots])
         self._poison_freed()
         self.count()
 
     def write_back(self) -> None:
         """Start copying to the host what it does not have yet."""
-        copies = []
-        for user_id in list(self._unsaved):
-            store = self.index.begin_store(user_id)
-            if store is not None:
-                self._poison_freed()
-                self._storing[store.ticket] = (user_id, len(store.gpu_pages))
-                copies.append(Copy(store.ticket, store.gpu_pages, store.host_pages))
-            elif self.index.is_busy(user_id).storing:
-                continue  # more came while its last write-back runs: again when that has ended
-            del self._unsaved[user_id]
-        if copies:
-            self._metrics.count("stores_in_flight", len(copies))
-            self.mover.submit(STORE, copies)
+        stores = self._write_back.begin()
+        self._metrics.set("unsaved_users", len(self._write_back))
+        if stores:
+            self._poison_freed()
+            self._storing.update((store.ticket, (store.user, len(store.gpu_pages))) for store in stores)
+            self._metrics.count("stores_in_flight", len(stores))
+            self.mover.submit(STORE, stores)
 
     def holds(self, sequence: UserSequence) -> bool:
         """Whether any state of `sequence` is in any tier."""
@@ -231,8 +227,12 @@ class Tiers:
         return forgotten
 
     def busy(self) -> bool:
-        """Whether copies are under way or write-backs wait to start."""
-        return bool(self._loading or self._storing or self._unsaved)
+        """Whether copies are under way or should start now."""
+        return bool(self._loading or self._storing) or self.due_in() <= 0
+
+    def due_in(self) -> float:
+        """Seconds until the next write-back is to start; infinity when none is."""
+        return self._write_back.due_in()
 
     def settle(self) -> None:
         """Block until every copy has ended, and publish them."""

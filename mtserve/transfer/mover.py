@@ -18,21 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mtserve.cache.index import Copy
 from mtserve.errors import TransferFailed
 
 LOAD, STORE = "load", "store"
 
 Fault = Callable[[str], None]
 """Called with "load" or "store" before each job; raises TransferFailed to make that one fail (tests, chaos)."""
-
-
-@dataclass(frozen=True)
-class Copy:
-    """One job: pool_pages[i] <-> arena_pages[i], int32 [n] each. `ticket` is told again when it has ended."""
-
-    ticket: int
-    pool_pages: npt.NDArray[np.int32]
-    arena_pages: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class Mover(ABC):
 
     def copy_now(self, kind: str, copy: Copy) -> None:
         """Copy the bytes of one job, on the current stream."""
-        for pool_first, arena_first, count in runs(copy.pool_pages, copy.arena_pages):
+        for pool_first, arena_first, count in runs(copy.gpu_pages, copy.host_pages):
             inside = self.pool[pool_first : pool_first + count]
             outside = self.arena[arena_first : arena_first + count]
             target, source = (inside, outside) if kind == LOAD else (outside, inside)
@@ -143,7 +135,7 @@ class CudaMover(Mover):
         try:
             super().copy_now(kind, copy)
         except RuntimeError as failure:
-            raise TransferFailed(f"{kind} of {len(copy.pool_pages)} pages: {failure}") from None
+            raise TransferFailed(f"{kind} of {len(copy.gpu_pages)} pages: {failure}") from None
 
     def poll(self) -> list[Finished]:
         ended = [job for job in self._jobs if job.done.query()]

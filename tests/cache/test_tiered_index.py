@@ -459,3 +459,21 @@ def test_check_finds_what_is_broken(what: str, named: str):
     pool.index._sabotage(what)
     with pytest.raises(CorruptState, match=named):
         pool.index.check()
+
+
+def test_without_the_tail_only_full_pages_are_stored() -> None:
+    pool = Pool()
+    pool.put(a=A[:11], b=B[:3], c=chain_of(range(200, 208)))
+    stores = pool.index.begin_stores(["a", "b", "nobody", "c"], tail=False)
+    assert [(store.user, store.first_token, store.tokens, len(store.gpu_pages)) for store in stores] == [
+        ("a", 0, 8, 2), ("c", 0, 8, 2),
+    ]  # fmt: skip
+    assert pool.index.begin_stores(["a", "c"], tail=True) == []  # under way
+    for store in stores:
+        pool.index.end_store(store.ticket, True)
+    assert pool.index.begin_stores(["a", "c"], tail=False) == []
+    rest = pool.index.begin_stores(["a", "b", "c"])
+    assert [(store.user, store.first_token, store.tokens) for store in rest] == [("a", 8, 11), ("b", 0, 3)]
+    for store in rest:
+        pool.index.end_store(store.ticket, True)
+    pool.index.check()

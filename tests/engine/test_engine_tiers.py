@@ -11,8 +11,8 @@ import pytest
 from engine_world import World
 from small_models import CAUSAL, small_model
 
+from mtserve.cache.index import Copy
 from mtserve.errors import NotFound
-from mtserve.transfer.mover import Copy
 
 Make = Callable[..., World]
 
@@ -218,8 +218,8 @@ def test_pages_of_both_tiers_hold_the_same_bytes(world: Make) -> None:
 
     def compared(kind: str, copy: Copy) -> None:
         real(kind, copy)
-        inside = mover.pool[copy.pool_pages.astype(np.int64)].numpy()
-        outside = mover.arena[copy.arena_pages.astype(np.int64)].numpy()
+        inside = mover.pool[copy.gpu_pages.astype(np.int64)].numpy()
+        outside = mover.arena[copy.host_pages.astype(np.int64)].numpy()
         if inside.tobytes() != outside.tobytes():
             unequal.append((kind, copy))
 

@@ -44,10 +44,19 @@ class EngineMachine(RuleBasedStateMachine):
         late=st.booleans(),
         overlap=st.booleans(),
         batch=st.sampled_from([7, 20, 1000]),
+        idle_ms=st.sampled_from([0, 40]),
         seed=st.integers(0, 999),
     )
     def start(
-        self, gpu_pages: int, host_pages: int, page_tokens: int, late: bool, overlap: bool, batch: int, seed: int
+        self,
+        gpu_pages: int,
+        host_pages: int,
+        page_tokens: int,
+        late: bool,
+        overlap: bool,
+        batch: int,
+        idle_ms: int,
+        seed: int,
     ) -> None:
         self.world = World(
             self.models[0],
@@ -59,6 +68,7 @@ class EngineMachine(RuleBasedStateMachine):
             cold_batch_tokens=max(1, batch // 2),
             cold_after=5,
             max_batch_requests=5,
+            write_back_idle_ms=idle_ms,
         )
         if overlap:
             self.world.overlap()
@@ -142,6 +152,10 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(steps):
             self.world.engine.step()
             self.world.engine.check()
+
+    @rule(ms=st.sampled_from([5, 30, 41]))
+    def pass_time(self, ms: int) -> None:
+        self.world.clock.now += ms / 1000
 
     @rule()
     def settle(self) -> None:

@@ -17,8 +17,9 @@ from engine_world import Pending, World
 from kernel_plans import Shape, make_batch
 from small_models import CAUSAL, START_MS, make_behaviours, make_candidates, small_model
 
+from mtserve.cache.index import Copy
 from mtserve.kernels.backend import load_kernels
-from mtserve.transfer.mover import LOAD, STORE, Copy, CudaMover
+from mtserve.transfer.mover import LOAD, STORE, CudaMover
 from mtserve.transfer.pool import PageShape, allocate_arena, allocate_pool
 from mtserve.types import Request
 
@@ -131,7 +132,7 @@ def test_copies_over_the_link_are_exact(kind: str) -> None:
         # The stores' source is overwritten by the compute stream right before, and must be waited for.
         if kind == STORE:
             pool.mul_(1)
-        mover.submit(kind, [Copy(ticket, inside, outside)])
+        mover.submit(kind, [Copy(ticket, "", inside, outside, 0, 0)])
         mover.wait()
         (finished,) = mover.poll()
         assert (finished.ticket, finished.error) == (ticket, None)
@@ -152,7 +153,7 @@ def test_a_store_waits_for_the_compute_that_wrote_its_page() -> None:
         for _ in range(20):
             busy = busy @ large * 0.01
         pool.fill_(float(value))
-        mover.submit(STORE, [Copy(value, pages, pages)])
+        mover.submit(STORE, [Copy(value, "", pages, pages, 0, 0)])
         mover.wait()
         assert len(mover.poll()) == 1
         assert bool((arena == value).all())

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtserve.cache.index import Copy
 from mtserve.errors import ResourceExhausted, TransferFailed
-from mtserve.transfer.mover import LOAD, STORE, Copy, Finished, SyncMover, make_mover, runs
+from mtserve.transfer.mover import LOAD, STORE, Finished, SyncMover, make_mover, runs
 from mtserve.transfer.pool import PageShape, allocate_arena, allocate_pool
 
 SHAPE = PageShape(layers=2, page_tokens=3, heads=2, head_dim=8, dtype=torch.float32)
@@ -61,7 +62,7 @@ def test_copies_are_exact_and_touch_nothing_else(kind: str, pool_pages: list[int
         into, out_of = (inside, outside) if kind == LOAD else (outside, inside)
         expected[into] = source[out_of]
     mover = SyncMover(pool, arena)
-    mover.submit(kind, [Copy(5, _ids(pool_pages), _ids(list(arena_pages)))])
+    mover.submit(kind, [Copy(5, "", _ids(pool_pages), _ids(list(arena_pages)), 0, 0)])
     assert mover.pending() == 1
     assert mover.poll() == [Finished(kind, 5, None)]
     assert target.numpy().tobytes() == expected.numpy().tobytes()
@@ -80,7 +81,7 @@ def test_a_copy_that_fails_in_the_middle_is_reported_once_and_the_rest_goes_on()
     mover = SyncMover(pool, arena, second_fails)
     before = pool[1].clone()
     for ticket in range(3):
-        mover.submit(LOAD, [Copy(ticket, _ids([ticket]), _ids([ticket + 9]))])
+        mover.submit(LOAD, [Copy(ticket, "", _ids([ticket]), _ids([ticket + 9]), 0, 0)])
     finished = mover.poll()
     assert [each.ticket for each in finished] == [0, 1, 2]
     assert [each.error is None for each in finished] == [True, False, True]
