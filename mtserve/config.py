@@ -179,6 +179,10 @@ class EngineConfig(Config):
     snapshot_cache: str = option(
         "256MiB", "recently used histories kept in memory: bytes, or a share of available memory"
     )
+    chaos: str = option(
+        "",
+        "make copies between the tiers fail or come late, at random: 'fail=SHARE,slow=SHARE:TIME,seed=N' (tests)",
+    )
     poison_pages: bool = option(False, "fill fresh and freed pages with NaN (tests)")
 
 

@@ -175,11 +175,11 @@ class World:
         if features is not None or user not in self.features:
             self.features[user] = features
 
-    def append(self, user: str, count: int) -> None:
+    def append(self, user: str, count: int, prefetch: bool = False) -> None:
         known = self.rows.get(user, make_behaviours(self.rng, 0, schema=self.schema))
         after = int(known["time_ms"][-1]) if len(known) else START_MS
         more = make_behaviours(self.rng, count, after, self.schema)
-        end = self.engine.append(user, more, len(known))
+        end = self.engine.append(user, more, len(known), prefetch=prefetch)
         self.rows[user] = np.concatenate((known, more))
         self.features.setdefault(user, None)
         assert end == len(self.rows[user])

@@ -205,6 +205,12 @@ void bind_index(nb::module_& module) {
         .def("_stats", &stats)
         .def("_drain_freed",
              [](Index& index, const std::string& tier) { return page_bytes(index.drain_freed(parse_tier(tier))); }, "tier"_a)
+        .def("drain_returns",
+             [](Index& index) {
+                 nb::list seconds;
+                 for (const double each : index.drain_returns()) seconds.append(each);
+                 return seconds;
+             })
         .def("check", &Index::check)
         .def("_sabotage", &Index::sabotage, "what"_a);
 }

@@ -60,21 +60,29 @@ void Index::evict(Tier tier, int64_t shortfall, double now) {
         if (slot == kNoSlot) return;
         Entry& victim = *entries_[slot];
         const int32_t pages = static_cast<int32_t>(std::min<int64_t>(shortfall, victim.on[tier].pages.size()));
-        evict_tail(victim, tier, pages);
+        evict_tail(victim, tier, pages, now);
         shortfall -= pages;
     }
 }
 
 // What stays is still a prefix, so the user's next request saves what it covers.
-void Index::evict_tail(Entry& victim, Tier tier, int32_t pages) {
+void Index::evict_tail(Entry& victim, Tier tier, int32_t pages, double now) {
     Holding& holding = victim.on[tier];
     const int64_t kept = static_cast<int64_t>(holding.pages.size()) - pages;
     set_tokens(victim, tier, static_cast<int32_t>(std::min<int64_t>(holding.tokens, kept * page_tokens_)));
     settle(victim, tier);
     fit_chain(victim);
+    if (tier == kGpu && !victim.lost) victim.lost = now;
     tiers_[tier].evicted_pages += pages;
     tiers_[tier].evicted_users += kept == 0;
     if (victim.empty()) erase(victim);
+}
+
+// The user's states are wanted beyond what the GPU has kept of them.
+void Index::note_return(Entry& entry, double now) {
+    if (!entry.lost) return;
+    returns_.push_back(std::max(0.0, now - *entry.lost));
+    entry.lost.reset();
 }
 
 void Index::touch(Entry& entry, double now) {

@@ -110,6 +110,7 @@ void Index::correct(Entry& entry, ChainView chain) {
     if (shared >= std::min(entry.view().size, chain.size)) return;
     ++corrections_;
     for (Tier tier : kTiers) set_tokens(entry, tier, std::min(entry.on[tier].tokens, shared));
+    if (entry.on[kGpu].tokens == shared) entry.lost.reset();  // what was evicted is void: nobody will want it
     fit_chain(entry);
     if (entry.store) {
         Copy& store = copies_[kHost].at(entry.store);
@@ -128,6 +129,7 @@ void Index::plan_member(Batch& batch, Entry& entry, ChainView chain, const Batch
     const int32_t stored = static_cast<int32_t>(std::min<int64_t>(room, chain.size));
     plan.cached[row] = std::min(entry.on[kGpu].tokens, chain.size);
     plan.stored[row] = stored;
+    if (plan.cached[row] < chain.size) note_return(entry, now);
     int32_t* ids = plan.page_table + row * static_cast<size_t>(plan.width);
     std::fill(std::copy_n(pages.begin(), pages_for(stored), ids), ids + plan.width, -1);
 
@@ -159,7 +161,9 @@ CopyPlan Index::begin_load(std::string_view user, ChainView chain, double now) {
     if (!entry || entry->pinned()) return {};
     const int32_t target = std::min(entry->on[kHost].tokens, common_prefix(entry->view(), chain));
     CopyPlan plan = begin_copy(*entry, kGpu, target, now);
-    if (plan.ticket) touch(*entry, now);
+    if (!plan.ticket) return plan;
+    note_return(*entry, now);
+    touch(*entry, now);
     return plan;
 }
 

@@ -30,9 +30,11 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "allocator.h"
@@ -61,6 +63,7 @@ struct Entry {
     Ticket named = 0;                          // last begin_batch that listed the user
     std::vector<uint64_t> chain;               // as long as the longer tier's prefix
     Holding on[2];
+    std::optional<double> lost;                // when GPU pages were first evicted, until they are wanted again
 
     bool pinned() const { return batch || load || store; }
     bool empty() const { return on[kGpu].pages.empty() && on[kHost].pages.empty(); }
@@ -130,6 +133,9 @@ public:
 
     std::vector<const Entry*> live_entries() const;
     std::vector<int32_t> drain_freed(Tier tier) { return tiers_[tier].allocator.drain_freed(); }
+    // Seconds from an eviction of GPU pages to the batch or load that wanted them again, for each since the last call.
+    // Of users who lost everything in both tiers nothing is known.
+    std::vector<double> drain_returns() { return std::exchange(returns_, {}); }
     IndexStats stats() const;
     int32_t page_tokens() const { return page_tokens_; }
 
@@ -176,7 +182,8 @@ private:
 
     void acquire(Entry& entry, Tier tier, int32_t pages, double now);
     void evict(Tier tier, int64_t shortfall, double now);
-    void evict_tail(Entry& victim, Tier tier, int32_t pages);
+    void evict_tail(Entry& victim, Tier tier, int32_t pages, double now);
+    void note_return(Entry& entry, double now);
     void touch(Entry& entry, double now);
     void list(Entry& entry, Tier tier, double now);
     void unlist(Entry& entry, Tier tier);
@@ -197,6 +204,7 @@ private:
     Ticket next_ticket_ = 1;
     std::unordered_map<Ticket, Batch> batches_;
     Copies copies_[2];  // by destination: loads to kGpu, stores to kHost
+    std::vector<double> returns_;
     int64_t detached_ = 0, corrections_ = 0, invalidated_ = 0;
 };
 

@@ -106,6 +106,8 @@ class TieredIndex(_core.Index):
     `invalidate(user) -> bool`, `invalidate_all() -> int`: unfindable at once; pages in use are freed
     when their last ticket ends, which publishes nothing.
     `users() -> [(user, gpu_tokens, host_tokens)]`: a snapshot of everything findable.
+    `drain_returns() -> [float]`: seconds from an eviction of a user's GPU pages to the `begin_batch` or `begin_load`
+    that wanted them again, one for each since the last call; none of users whom both tiers had forgotten.
     `check()`: walks everything; CorruptState names the first broken invariant.
 
     A user id is 1 to 256 bytes of UTF-8, a chain uint64 [tokens] of at most 2^24; InvalidArgument otherwise.

@@ -29,6 +29,9 @@ examples:
   a large trace: the slow run without a cache over its first 2,000 requests only
     mtserve replay trace.parquet --model hstu-1024 --concurrency 64 --baseline-requests 2000
 
+  are the scores right when copies between the tiers fail and come late?
+    mtserve replay trace.jsonl.gz --gpu-cache 10%ws --host-cache 100%ws --chaos fail=0.05,slow=0.02:20ms,seed=7
+
   keep the result, and draw it (the plots need the extra [report])
     mtserve replay trace.jsonl.gz --json result.json --report plots/
 

@@ -33,13 +33,16 @@ def _head(result: ReplayResult, summary: dict[str, Any]) -> list[str]:
     trace, memory, loop = summary["trace"], summary["memory"], summary["loop"]
     kind = " (calibrated-synthetic)" if trace["calibrated-synthetic"] else ""
     mode = f"open loop at {loop['speed']:g}x" if result.open_loop else f"closed loop, {loop['concurrency']} in flight"
-    return [
+    lines = [
         f"[bold]{escape(trace['name'])}[/]{kind}: {summary['requests']:,} requests of {summary['users']:,} users; {mode}",
         f"{escape(summary['model'])}, {summary['dtype']} on {summary['device']} ({summary.get('gpu', summary['processor'])}), "
         f"seed {summary['seed']}, commit {summary['commit']}",
         f"working set {format_bytes(memory['working_set_bytes'])} in pages of {memory['page_tokens']} tokens, "
         f"{format_bytes(memory['page_bytes'])} each",
     ]
+    if summary["chaos"]:
+        lines.append(f"under chaos: {escape(summary['chaos'])}")
+    return lines
 
 
 def _grid(title: str, *columns: str) -> Table:
@@ -104,6 +107,9 @@ def _tiers(summary: dict[str, Any]) -> Table:
     table.add_row("peak", *(f"{format_bytes(tier['peak_bytes'])}, {tier['peak_pages']:,} pages" for tier in tiers))
     table.add_row("pages evicted", *(f"{tier['evicted_pages']:,}" for tier in tiers))
     table.add_row("moved in", format_bytes(memory["load_bytes"]), format_bytes(memory["store_bytes"]))
+    if memory["copies_failed"] or summary["chaos"]:
+        copies = ((memory[f"{kind}s_failed"], memory[f"{kind}s"]) for kind in ("load", "store"))
+        table.add_row("copies in that failed", *(f"{failed:,.0f} of {failed + done:,.0f}" for failed, done in copies))
     return table
 
 

@@ -29,6 +29,9 @@ examples:
   from a file; flags win over it
     mtserve serve --config mtserve.toml --port 50052
 
+  how clients fare when one copy in twenty fails and one in fifty takes 20 ms longer; the scores stay right
+    mtserve serve --model tiny --history-kind memory --chaos fail=0.05,slow=0.02:20ms
+
 mtserve.toml:
   [model]                        [engine]                  [server]             [history]
   source = "model.safetensors"   gpu_cache = "40GiB"       host = "0.0.0.0"     path = "/srv/histories"
@@ -92,4 +95,6 @@ def _engine_lines(engine: Engine) -> list[str]:
             f"{name} tier: {format_bytes(tier['capacity_bytes'])}, {pages:,} pages of {stats['page_tokens']} tokens: "
             f"{pages // per_user:,} users of {config.max_history:,} behaviours"
         )
+    if engine.config.chaos:
+        lines.append(f"chaos: {engine.config.chaos}: copies between the tiers fail or come late on purpose")
     return lines

@@ -30,7 +30,8 @@ from mtserve.kernels.backend import load_kernels
 from mtserve.metrics import Metrics
 from mtserve.model.ranking import RankingModel
 from mtserve.model.weights import fingerprint
-from mtserve.transfer.mover import Fault, make_mover
+from mtserve.transfer.chaos import Chaos
+from mtserve.transfer.mover import Fault
 from mtserve.transfer.pool import allocate_arena, allocate_pool
 from mtserve.types import Clock, History, ScoreResult
 
@@ -55,6 +56,7 @@ class Core:
         self, model: RankingModel, config: EngineConfig, metrics: Metrics, clock: Clock, fault: Fault | None = None
     ) -> None:
         self.config = config
+        chaos = setup.resolve_chaos(config, fault)
         self.device = setup.resolve_device(config.device)
         self.dtype = setup.resolve_dtype(config.dtype, self.device)
         self._metrics = metrics
@@ -65,10 +67,10 @@ class Core:
         self._forgotten: set[str] = set()  # deleted users with requests in the queue
         self._shape = setup.page_shape(model.config, config, self.dtype)
         self.scheduler = Scheduler(config, metrics, static_attention=model.config.static_attention)
-        self.tiers = self._make_tiers(model, fault) if config.cache == "on" else None
+        self.tiers = self._make_tiers(model, fault, chaos) if config.cache == "on" else None
         self._install(model)
 
-    def _make_tiers(self, model: RankingModel, fault: Fault | None) -> Tiers:
+    def _make_tiers(self, model: RankingModel, fault: Fault | None, chaos: Chaos | None) -> Tiers:
         gpu_pages = setup.device_pages(self.config, self._shape, self.device)
         host_pages = setup.arena_pages(self.config, self._shape)
         poison = self.config.poison_pages
@@ -77,7 +79,7 @@ class Core:
         index = TieredIndex(
             self.config.page_tokens, gpu_pages, host_pages, self.config.policy, clock=self._clock, track_freed=poison
         )
-        mover = make_mover(pool, arena, fault)
+        mover = setup.make_link(pool, arena, self._clock, fault, chaos)
         return Tiers(index, mover, self.config, self._metrics, self._clock, self._max_prefix(model))
 
     def _install(self, model: RankingModel) -> None:
@@ -294,6 +296,7 @@ class Core:
             "page_tokens": self._shape.page_tokens,
             "queue_length": len(self.scheduler),
             "tiers": {} if self.tiers is None else self.tiers.stats(),
+            "transfers": {} if self.tiers is None else self.tiers.transfers(),
             "runner": self._runner.stats(),
         }
 

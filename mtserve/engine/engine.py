@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from concurrent.futures import Future
@@ -11,7 +12,9 @@ from typing import Any, Self
 import numpy as np
 
 from mtserve.config import EngineConfig
+from mtserve.engine.checks import check_request
 from mtserve.engine.core import Core
+from mtserve.engine.hints import Hints
 from mtserve.engine.job import Job, make_job
 from mtserve.engine.loop import Loop
 from mtserve.engine.sequence import UserSequence
@@ -35,7 +38,7 @@ class Engine:
     `history`: where behaviours live (in memory unless given; the engine closes only its own).
     `clock`: seconds; deadlines and unset exposure times are read off it.
     `start=False` starts no thread: the caller drives `step`, and `score` drives it by itself.
-    `fault` makes copies between the tiers fail, for tests and chaos runs.
+    `fault` makes copies between the tiers fail, for tests; `config.chaos` does so by itself.
 
     All methods may be called from any thread, unless `start=False`.
     """
@@ -59,6 +62,7 @@ class Engine:
         self._core = Core(model, self.config, self.metrics, clock, fault)
         self._sequences = SequenceCache(self.history, self._core.builder, snapshot_bytes)
         self._loop = Loop(self._core, start=start)
+        self._hints = Hints(self._read_and_encode, self.metrics, limit=self.config.max_queue, start=start)
 
     @property
     def model(self) -> RankingModel:
@@ -83,10 +87,12 @@ class Engine:
         self.metrics.count("generations_total")
         return position
 
-    def append(self, user_id: str, behaviours: Rows, position: int | None = None) -> int:
+    def append(self, user_id: str, behaviours: Rows, position: int | None = None, *, prefetch: bool = False) -> int:
         """Durably add `behaviours` (rows of `schema.behaviour`) and return the new position.
 
         `position`: where the first one is believed to go; FailedPrecondition tells the true one.
+        `prefetch` hints that a score of the user follows: the states are brought and what is new is encoded right
+        away, as by `prefetch`. The append neither waits for that nor fails by it; where too much waits, nothing is done.
         """
         self._loop.admitting()
         with self._changing(user_id):
@@ -96,12 +102,25 @@ class Engine:
         if pair is None:
             config = self.model.config
             self._recut(user_id, cut_history(end - len(behaviours), config), cut_history(end, config))
-            return end
-        before, after = pair
-        self._recut(user_id, before.cut, after.cut)
-        if before.root != after.root:
-            self._encode(after, replaces=before)  # the new generation, before its first request
+        else:
+            self._recut(user_id, pair[0].cut, pair[1].cut)
+        self._bring_appended(user_id, pair, prefetch and self.config.cache == "on")
         return end
+
+    def _bring_appended(self, user_id: str, pair: tuple[UserSequence, UserSequence] | None, hinted: bool) -> None:
+        """Encode what a hint announces, and a new generation before its first request."""
+        if hinted:
+            self.metrics.count("prefetches_total")
+        if pair is None:
+            if hinted:
+                self._hints.add(user_id)
+            return
+        before, after = pair
+        with contextlib.suppress(Unavailable):  # closed since: the append is durable nevertheless
+            if hinted:
+                self._encode(after)
+            elif before.root != after.root:
+                self._encode(after, replaces=before)
 
     def truncate(self, user_id: str, position: int) -> int:
         """Correct a history: forget the behaviours from `position` on, and return it."""
@@ -162,17 +181,24 @@ class Engine:
         self.metrics.count_many((("requests_total", 1, ""), ("requests_in_flight", 1, "")))
         job.future.add_done_callback(self._answered)
         try:
-            self._loop.post(lambda: self._admit(job))
+            self._loop.post(lambda: self._admit(job), scores=True)
         except Unavailable:  # closed meanwhile: the future, which nobody has, ends the count of what is in flight
             job.future.cancel()
             raise
         return job.future
 
     def prefetch(self, user_id: str) -> Future[ScoreResult]:
-        """Bring a user's states onto the device before the request comes; the future has no scores."""
-        self._loop.admitting()
+        """Bring a user's states onto the device before the request comes; the future has no scores.
+
+        Of a user's prefetches and hints that wait, only the newest stays: the others' futures fail with Cancelled.
+        With ResourceExhausted where too many wait. Raises NotFound and Unavailable at once.
+        """
         check_user_id(user_id)
         self.metrics.count("prefetches_total")
+        return self._read_and_encode(user_id)
+
+    def _read_and_encode(self, user_id: str) -> Future[ScoreResult]:
+        self._loop.admitting()
         return self._encode(self._sequences.get(user_id))
 
     def invalidate(self, user_id: str | None = None) -> int:
@@ -212,6 +238,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the loop; what still waits fails with Unavailable. Closing twice is fine."""
+        self._hints.close()
         if self._loop.close() and self._owns_history:
             self.history.close()
 
@@ -239,38 +266,18 @@ class Engine:
             )
 
     def _make_job(self, request: Request) -> Job:
-        check_user_id(request.user_id)
-        candidates = request.candidates
-        if (
-            not isinstance(candidates, np.ndarray)
-            or candidates.dtype != self.schema.candidate_dtype
-            or candidates.ndim != 1
-        ):
-            raise InvalidArgument("rows are not of this model's candidate schema", field="candidates")
-        if not 1 <= len(candidates) <= self.config.max_candidates:
-            limit = self.config.max_candidates
-            raise InvalidArgument(
-                f"{len(candidates)} candidates are outside 1 to max_candidates = {limit}", field="candidates"
-            )
+        check_request(request, self.schema, self.config.max_candidates)
         now, deadline = self._clock(), request.deadline
         if deadline is None and self.config.default_deadline_ms:
             deadline = now + self.config.default_deadline_ms / 1000
         if deadline is not None and deadline <= now:
             raise DeadlineExceeded(f"passed {(now - deadline) * 1000:.0f} ms before the request came", field="deadline")
-        return make_job(self._sequence(request), candidates, Future(), now, deadline)
+        return make_job(self._sequence(request), request.candidates, Future(), now, deadline)
 
     def _sequence(self, request: Request) -> UserSequence:
         if request.history is None:
             return self._sequences.get(request.user_id)
-        history = request.history
-        self.schema.check_behaviours(history.behaviours, field="history")
-        if history.features is not None and (
-            history.features.dtype != self.schema.user_dtype or history.features.shape != (1,)
-        ):
-            raise InvalidArgument("expected one row of this model's user features", field="history.features")
-        if history.first < 0:
-            raise InvalidArgument(f"{history.first} is below 0", field="history.first")
-        return self._sequences.builder.build(request.user_id, history)
+        return self._sequences.builder.build(request.user_id, request.history)
 
     def _count_refusal(self, error: MtserveError) -> None:
         reasons = {
@@ -296,5 +303,8 @@ class Engine:
         try:
             self._core.admit(job)
         except ResourceExhausted as error:
-            self._count_refusal(error)
+            if job.prefetch:
+                self.metrics.count("prefetches_dropped_total")
+            else:
+                self._count_refusal(error)
             job.fail(error)

@@ -43,6 +43,11 @@ class Job:
         return self.sequence.user_id
 
     @property
+    def prefetch(self) -> bool:
+        """Whether it only brings states: nobody waits for its scores."""
+        return len(self.candidates) == 0
+
+    @property
     def prefix(self) -> int:
         return self.sequence.groups.prefix
 

@@ -28,7 +28,8 @@ class Loop:
 
     def __init__(self, core: Core, *, start: bool) -> None:
         self._core = core
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox: deque[tuple[Callable[[], None], bool]] = deque()
+        self._coming = 0  # commands in the inbox that bring a request for scores
         self._wake = threading.Condition()
         self.state = "serving"
         self._thread = threading.Thread(target=self._run, name="mtserve-engine", daemon=True) if start else None
@@ -42,19 +43,20 @@ class Loop:
     @property
     def waiting(self) -> int:
         """Requests for scores that wait for a batch, whatever is on its way to the queue included."""
-        return len(self._inbox) + self._core.scheduler.scores
+        return self._coming + self._core.scheduler.scores
 
     def admitting(self) -> None:
         """Raise Unavailable unless new work is taken."""
         if self.state != "serving":
             raise Unavailable(f"the engine is {self.state}")
 
-    def post(self, command: Callable[[], None]) -> None:
-        """Have `command` run between two steps. Raises Unavailable when no step will come."""
+    def post(self, command: Callable[[], None], *, scores: bool = False) -> None:
+        """Have `command` run between two steps; `scores`: it counts as waiting. Raises Unavailable when no step will come."""
         with self._wake:
             if self.state in ("closed", "broken"):
                 raise Unavailable(f"the engine is {self.state}")
-            self._inbox.append(command)
+            self._inbox.append((command, scores))
+            self._coming += scores
             self._wake.notify()
 
     def call(self, command: Callable[[], T]) -> T:
@@ -82,7 +84,11 @@ class Loop:
     def run_inbox(self) -> None:
         """Run the commands that wait; for whoever drives the core."""
         while self._inbox:
-            self._inbox.popleft()()
+            command, scores = self._inbox.popleft()
+            if scores:
+                with self._wake:
+                    self._coming -= 1
+            command()
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new work, finish what is queued and under way; False when time ran out first."""

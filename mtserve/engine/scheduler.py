@@ -10,7 +10,7 @@ from itertools import chain, islice
 from mtserve.config import EngineConfig
 from mtserve.engine.job import Job
 from mtserve.engine.sequence import UserSequence
-from mtserve.errors import DeadlineExceeded, ResourceExhausted
+from mtserve.errors import Cancelled, DeadlineExceeded, ResourceExhausted
 from mtserve.metrics import Metrics
 
 # Batches an oversized cold user lets others go first before it gets one to itself.
@@ -51,7 +51,7 @@ class Scheduler:
         self._static_attention = static_attention
         # In order of arrival, and cheap to take from anywhere.
         self._scores: dict[Job, None] = {}
-        self._encodes: dict[Job, None] = {}  # prefetches: behind every score
+        self._prefetches: dict[str, Job] = {}  # one a user; behind every score
         self._cancelled = False
         # No queued job's deadline is earlier, and none with a deadline has more candidates.
         self._first_deadline, self._most_candidates = math.inf, 0
@@ -62,20 +62,39 @@ class Scheduler:
         return len(self._scores)
 
     def __len__(self) -> int:
-        return len(self._scores) + len(self._encodes)
+        return len(self._scores) + len(self._prefetches)
 
     def add(self, job: Job) -> None:
-        """Queue `job`. Raises ResourceExhausted when the queue of its kind is full."""
-        queue = self._scores if len(job.candidates) else self._encodes
-        if len(queue) >= self._config.max_queue:
-            raise ResourceExhausted(
-                f"{len(queue)} requests are waiting, max_queue is {self._config.max_queue}", field="queue"
-            )
-        queue[job] = None
+        """Queue `job`; of two prefetches of one user only that of the newer history stays, the other fails with Cancelled.
+
+        Raises ResourceExhausted when the queue of its kind is full.
+        """
+        if job.prefetch:
+            self._add_prefetch(job)
+        else:
+            self._check_room(len(self._scores))
+            self._scores[job] = None
         if job.deadline is not None:
             self._bound(job.deadline, len(job.candidates))
         if job.future.cancelled():  # before it came here: `drop_hopeless` may have looked for it already
             self._cancelled = True
+
+    def _add_prefetch(self, job: Job) -> None:
+        older = self._prefetches.get(job.user_id)
+        if older is None:
+            self._check_room(len(self._prefetches))
+        elif _newer(older, job) and not older.future.cancelled():
+            older, job = job, older  # two appends came here in the other order
+        self._prefetches[job.user_id] = job
+        if older is not None:
+            older.fail(Cancelled(f"a newer prefetch of user {job.user_id!r} took its place"))
+            self._metrics.count("prefetches_superseded_total")
+
+    def _check_room(self, waiting: int) -> None:
+        if waiting >= self._config.max_queue:
+            raise ResourceExhausted(
+                f"{waiting} requests are waiting, max_queue is {self._config.max_queue}", field="queue"
+            )
 
     def cancelled(self) -> None:
         """Tell that a queued job's future may have been cancelled; from any thread."""
@@ -83,7 +102,7 @@ class Scheduler:
 
     def jobs(self) -> Iterator[Job]:
         """Every queued job in the order in which it will be considered."""
-        return chain(self._scores, self._encodes)
+        return chain(self._scores, self._prefetches.values())
 
     def head(self) -> list[Job]:
         """The jobs near enough to their batch that their onload should start."""
@@ -93,14 +112,15 @@ class Scheduler:
         """Take out every job."""
         jobs = list(self.jobs())
         self._scores.clear()
-        self._encodes.clear()
+        self._prefetches.clear()
         return jobs
 
     def remove(self, jobs: Iterable[Job]) -> None:
         """Take out `jobs`, as far as they are queued."""
         for job in jobs:
             self._scores.pop(job, None)
-            self._encodes.pop(job, None)
+            if self._prefetches.get(job.user_id) is job:
+                del self._prefetches[job.user_id]
 
     def drop_hopeless(self, now: float, token_s: float) -> None:
         """Take out what is cancelled or cannot meet its deadline, before it costs anything.
@@ -154,11 +174,20 @@ class Scheduler:
         return slots
 
     def _overdue(self, cached: Callable[[Job], int | None]) -> Job | None:
-        """The first ready job that no budget fits and that has let enough batches go first: its turn, alone."""
+        """The first ready job that no budget fits and that has let enough batches go first: its turn, alone.
+
+        Not a prefetch while scores wait.
+        """
         for job in self.head():
+            if job.prefetch and self._scores:
+                break
             if job.passed_over >= PATIENCE and cached(job) is not None:
                 return job
         return None
+
+
+def _newer(job: Job, other: Job) -> bool:
+    return len(job.sequence.chain) > len(other.sequence.chain) and job.sequence.extends(other.sequence)
 
 
 class _Batch:
@@ -185,7 +214,8 @@ class _Batch:
             return
         slot = Slot(job.sequence, cached, len(job.sequence.chain), [job])
         cost = slot.encode_to - cached
-        cold = cost > self._config.cold_after
+        # Prefetches are many or large, and nobody waits for them: they lengthen a batch no more than cold users do.
+        cold = job.prefetch or cost > self._config.cold_after
         budget = min(self._tokens, self._cold_tokens) if cold else self._tokens
         cost += len(job.candidates)
         if cost > budget:
@@ -225,12 +255,13 @@ class _Batch:
         if len(longer.chain) < len(shorter.chain):
             longer, shorter = shorter, longer
         cost = len(longer.chain) - len(slot.sequence.chain) + len(job.candidates)
-        if slot.partial or not longer.extends(shorter) or cost > self._tokens:
+        budget = min(self._tokens, self._cold_tokens) if job.prefetch else self._tokens
+        if slot.partial or not longer.extends(shorter) or cost > budget:
             return
         slot.sequence = longer
         slot.encode_to = len(longer.chain)
         slot.jobs.append(job)
-        self._spend(cost, cold=False)
+        self._spend(cost, cold=job.prefetch)
 
     def _spend(self, tokens: int, cold: bool) -> None:
         self._requests -= 1

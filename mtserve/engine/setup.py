@@ -8,7 +8,11 @@ import torch
 
 from mtserve.config import EngineConfig, ModelConfig
 from mtserve.errors import InvalidArgument, ResourceExhausted
+from mtserve.transfer.chaos import Chaos
+from mtserve.transfer.mover import Fault, Mover, make_mover
 from mtserve.transfer.pool import PageShape
+from mtserve.transfer.slow_mover import SlowMover
+from mtserve.types import Clock
 from mtserve.units import format_bytes, parse_capacity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,6 +57,22 @@ def resolve_kernels(config: EngineConfig, model: ModelConfig, device: torch.devi
     if config.deterministic and name != "cuda":
         raise InvalidArgument(f"needs the cuda kernels, not {name!r}", field="deterministic")
     return name
+
+
+def resolve_chaos(config: EngineConfig, fault: Fault | None) -> Chaos | None:
+    """The chaos meant by `chaos`; None where it is empty. Raises InvalidArgument for one beside a `fault`."""
+    if not config.chaos:
+        return None
+    if fault is not None:
+        raise InvalidArgument("cannot be had together with a fault of one's own", field="chaos")
+    return Chaos.parse(config.chaos)
+
+
+def make_link(pool: torch.Tensor, arena: torch.Tensor, clock: Clock, fault: Fault | None, chaos: Chaos | None) -> Mover:
+    """The mover between the tiers, with what makes its copies fail or come late."""
+    if chaos is None:
+        return make_mover(pool, arena, fault)
+    return SlowMover(make_mover(pool, arena, chaos), chaos.delay, clock)
 
 
 def page_shape(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> PageShape:

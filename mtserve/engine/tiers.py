@@ -6,7 +6,6 @@ copy's when the mover reports it finished. Whatever lies between is found by nob
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtserve.cache.index import IndexStats, Load, Presence, TieredIndex
+from mtserve.cache.index import Copy, IndexStats, Load, Presence, TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine.job import Job
 from mtserve.engine.scheduler import Slot
 from mtserve.engine.sequence import UserSequence
+from mtserve.engine.transfers import Transfers
+from mtserve.engine.window import open_window
 from mtserve.engine.write_back import WriteBack
 from mtserve.metrics import Metrics
 from mtserve.transfer.mover import LOAD, STORE, Mover
@@ -57,13 +58,13 @@ class Tiers:
         self._cached = np.zeros(slots, dtype=np.int32)
         self._stored = np.zeros(slots, dtype=np.int32)
         self._page_table = np.full((slots, -(-max_prefix // config.page_tokens)), -1, dtype=np.int32)
-        self._loading: dict[int, tuple[str, int]] = {}  # ticket -> user, pages
-        self._storing: dict[int, tuple[str, int]] = {}
+        self._transfers = Transfers(metrics, clock, self._page_bytes)
         self._write_back = WriteBack(index, clock, config.write_back_idle_ms / 1000)
         self._failed_loads: set[str] = set()
         self._to_load: list[Load] = []  # decided in this step
         self._reserved_pages = 0  # of the batch under way
-        self._window: dict[str, None] = {}  # users whose turn is near enough to load them
+        self._window: dict[str, int] = {}  # users whose turn is near enough to load them -> pages kept for each
+        self._held: dict[int, tuple[str, int]] = {}  # ticket of a copy under way -> user, device pages it holds fast
         # What the index says of the first waiting jobs: from `onload` to the batch that follows, or to a load's begin or end.
         self._surveyed: dict[Job, Presence] = {}
         self._page_tokens = config.page_tokens
@@ -75,7 +76,7 @@ class Tiers:
 
     def cached(self, job: Job) -> int | None:
         """Prefix tokens of `job` on the device; None while it should wait for room, or for its states to come."""
-        if job.user_id not in self._window:
+        if not self._near(job):
             return None
         present = self._presence(job)
         if present.loading or present.in_batch:
@@ -83,6 +84,9 @@ class Tiers:
         if present.host_tokens > present.gpu_tokens and job.loads < MAX_LOADS:
             return None
         return present.gpu_tokens
+
+    def _near(self, job: Job) -> bool:
+        return -(-len(job.sequence.chain) // self._page_tokens) <= self._window.get(job.user_id, 0)
 
     def _presence(self, job: Job) -> Presence:
         known = self._surveyed.get(job)
@@ -95,7 +99,7 @@ class Tiers:
         evict one another.
         """
         self._open_window(jobs)
-        near = [job for job in jobs if job.user_id in self._window]
+        near = [job for job in jobs if self._near(job)]
         found = self.index.survey([job.user_id for job in near], [job.sequence.chain for job in near])
         self._surveyed = dict(zip(near, found, strict=True))
         for job in near:
@@ -106,9 +110,14 @@ class Tiers:
                 self._bring(job, present)
         self._failed_loads.clear()
         if self._to_load:
-            self._metrics.count("loads_in_flight", len(self._to_load))
-            self.mover.submit(LOAD, self._to_load)
+            self._submit(LOAD, self._to_load)
             self._to_load = []
+
+    def _submit(self, kind: str, copies: Sequence[Copy]) -> None:
+        self._transfers.began(kind, copies)
+        for copy in copies:
+            self._held[copy.ticket] = (copy.user, -(-copy.tokens // self._page_tokens))
+        self.mover.submit(kind, copies)
 
     def _bring(self, job: Job, present: Presence) -> None:
         if present.in_batch:
@@ -121,30 +130,25 @@ class Tiers:
             self._begin_load(job, present.gpu_tokens)
 
     def _open_window(self, jobs: Sequence[Job]) -> None:
-        window: dict[str, None] = {}
         room = len(self.mover.pool) - self._reserved_pages
-        for job in jobs:
-            user_id = job.user_id
-            if user_id in window:
-                continue
-            room -= -(-len(job.sequence.chain) // self._page_tokens)
-            if room < 0 and (window or self._reserved_pages):
-                break
-            window[user_id] = None
-        self.index.touch([user_id for user_id in window if user_id not in self._window])
+        held = dict(self._held.values())
+        window = open_window(jobs, room, self._page_tokens, held, idle=not self._reserved_pages)
+        if any(pages > self._window.get(user_id, 0) for user_id, pages in window.items()):
+            # All of them, the first of them last: what others used since goes first, then whose turn comes last.
+            self.index.touch(list(reversed(window)))
         self._window = window
 
     def _begin_load(self, job: Job, gpu_tokens: int) -> None:
         load = self.index.begin_load(job.user_id, job.sequence.chain)
         if load is None:
-            if not self._loading and not self._storing:
+            if not self._transfers and not self._to_load:
                 job.loads = MAX_LOADS  # no copy will end and make room: encode
             return
         self._surveyed.clear()  # the load may have evicted others
+        self._note_returns()
         self._poison_freed()
         job.loads += 1
         job.loaded_from = gpu_tokens if job.loaded_from < 0 else min(job.loaded_from, gpu_tokens)
-        self._loading[load.ticket] = (job.user_id, len(load.gpu_pages))
         self._to_load.append(load)
 
     def _share_load(self, job: Job, gpu_tokens: int) -> None:
@@ -152,34 +156,20 @@ class Tiers:
         if job.loads == 0:
             job.loads, job.loaded_from = 1, gpu_tokens
 
+    def _note_returns(self) -> None:
+        self._metrics.observe_many("return_seconds", self.index.drain_returns())
+
     def finish(self) -> int:
         """Publish the copies that have ended, the failed ones not; returns how many ended."""
         finished = self.mover.poll()
         if not finished:
             return 0
         self._surveyed.clear()
-        ended, failed, moved = Counter[str](), Counter[str](), Counter[str]()
+        self._failed_loads |= self._transfers.ended(finished)
         for copy in finished:
-            pending = self._loading if copy.kind == LOAD else self._storing
-            user_id, pages = pending.pop(copy.ticket)
             end = self.index.end_load if copy.kind == LOAD else self.index.end_store
             end(copy.ticket, copy.error is None)
-            ended[copy.kind] += 1
-            if copy.error is None:
-                moved[copy.kind] += pages
-            else:
-                failed[copy.kind] += 1
-                if copy.kind == LOAD:
-                    self._failed_loads.add(user_id)
-        for kind, count in ended.items():
-            self._metrics.count_many(
-                (
-                    (f"{kind}s_in_flight", -count, ""),
-                    (f"{kind}s_total", count - failed[kind], ""),
-                    (f"{kind}s_failed_total", failed[kind], ""),
-                    (f"{kind}_bytes_total", moved[kind] * self._page_bytes, ""),
-                )
-            )
+            del self._held[copy.ticket]
         self._poison_freed()
         return len(finished)
 
@@ -191,6 +181,7 @@ class Tiers:
         users = [slot.user_id for slot in slots]
         chains = [slot.sequence.chain[: slot.encode_to] if slot.partial else slot.sequence.chain for slot in slots]
         ticket = self.index.begin_batch(users, chains, cached, stored, table)
+        self._note_returns()
         self._poison_freed()
         pages = int((-(-stored // self._page_tokens)).sum())
         self._reserved_pages += pages
@@ -211,9 +202,7 @@ class Tiers:
         self._metrics.set("unsaved_users", len(self._write_back))
         if stores:
             self._poison_freed()
-            self._storing.update((store.ticket, (store.user, len(store.gpu_pages))) for store in stores)
-            self._metrics.count("stores_in_flight", len(stores))
-            self.mover.submit(STORE, stores)
+            self._submit(STORE, stores)
 
     def holds(self, sequence: UserSequence) -> bool:
         """Whether any state of `sequence` is in any tier."""
@@ -228,7 +217,7 @@ class Tiers:
 
     def busy(self) -> bool:
         """Whether copies are under way or should start now."""
-        return bool(self._loading or self._storing) or self.due_in() <= 0
+        return len(self._transfers) > 0 or self.due_in() <= 0
 
     def due_in(self) -> float:
         """Seconds until the next write-back is to start; infinity when none is."""
@@ -243,9 +232,10 @@ class Tiers:
         """Raise CorruptState or fail an assertion when ids, copies or counts disagree."""
         self.index.check()
         stats = self.index.stats()
-        assert stats.loads_in_flight == len(self._loading)
-        assert stats.stores_in_flight == len(self._storing)
-        assert self.mover.pending() == len(self._loading) + len(self._storing)
+        assert stats.loads_in_flight == self._transfers.under_way(LOAD)
+        assert stats.stores_in_flight == self._transfers.under_way(STORE)
+        assert self.mover.pending() == len(self._transfers) == len(self._held)
+        self._transfers.check()
 
     def count(self) -> IndexStats:
         """Bring the metrics of pages up to date."""
@@ -271,6 +261,10 @@ class Tiers:
                 "evicted_pages": tier.evicted_pages,
             }
         return tiers
+
+    def transfers(self) -> dict[str, Any]:
+        """Bytes, speed and failures of the copies each way, JSON-able."""
+        return self._transfers.stats()
 
     def _poison_freed(self) -> None:
         """Fill freed pages with NaN: whoever reads one before it is written again shows at once."""

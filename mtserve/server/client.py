@@ -98,13 +98,21 @@ class Client:
         return int(self._call(self._stub.PutUser, request, timeout_s).position)
 
     def append(
-        self, user_id: str, behaviours: Columns, position: int | None = None, *, timeout_s: float | None = None
+        self,
+        user_id: str,
+        behaviours: Columns,
+        position: int | None = None,
+        *,
+        prefetch: bool = False,
+        timeout_s: float | None = None,
     ) -> int:
         """Add behaviours, durably; returns the position after them.
 
+        `prefetch` hints that a Score of the user follows: the server begins with its states right away.
         Raises FailedPrecondition, with the server's `position`, when `position` is another one.
         """
-        request = pb.AppendRequest(user_id=user_id, behaviours=wire.pack_rows("behaviours", behaviours))
+        rows = wire.pack_rows("behaviours", behaviours)
+        request = pb.AppendRequest(user_id=user_id, behaviours=rows, prefetch=prefetch)
         if position is not None:
             request.position = position
         return int(self._call(self._stub.Append, request, timeout_s).position)

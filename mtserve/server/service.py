@@ -92,7 +92,8 @@ class RankingService:
     async def Append(self, request: Any, remaining_s: float | None) -> pb.PositionResponse:  # noqa: N802
         user_id, position = convert.user_id(request.user_id), convert.position(request)
         rows = self._convert.behaviours(request.behaviours)
-        return pb.PositionResponse(position=await self._writes.call(self._engine.append, user_id, rows, position))
+        append = functools.partial(self._engine.append, prefetch=request.prefetch)
+        return pb.PositionResponse(position=await self._writes.call(append, user_id, rows, position))
 
     @rpc
     async def Truncate(self, request: Any, remaining_s: float | None) -> pb.PositionResponse:  # noqa: N802

@@ -69,7 +69,8 @@ def _subtitle(axes: Any, text: str) -> None:
 
 def _setup(result: ReplayResult) -> str:
     loop = f"open loop at {result.config.speed:g}x" if result.open_loop else f"{result.config.concurrency} in flight"
-    return f"{result.model.config.name}, {result.dtype} on {result.device}, {loop}"
+    chaos = f", chaos {result.engine.chaos}" if result.engine.chaos else ""
+    return f"{result.model.config.name}, {result.dtype} on {result.device}, {loop}{chaos}"
 
 
 def latency_cdf(axes: Any, result: ReplayResult) -> None:

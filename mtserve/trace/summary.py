@@ -23,6 +23,7 @@ DEFINITIONS = {
     "speedup": "closed loop: ratio of throughputs; open loop: ratio of median latencies (baseline / cached)",
     "padded_rows_share": "rows that the runner computed to fill its buckets, of all it computed; null where it never pads",
     "max_score_difference": "largest absolute difference of a score, cached against uncached, over all compared requests",
+    "chaos": "faults asked for: which shares of the copies between the tiers fail or come late; null without",
     "working_set_bytes": "pages of the final states of all users who ask, after the model's cut of their histories",
 }
 
@@ -60,6 +61,7 @@ def summarise(result: ReplayResult) -> dict[str, Any]:
         "requests": cached.requests,
         "users": len(np.unique(result.trace.user)),
         "loop": _loop(result),
+        "chaos": result.engine.chaos or None,
         "hit_ratio": hit_ratio(cached),
         "hit_ratio_after_first": hit_ratio(cached, repeats(result.trace, cached.requests)),
         **_timing(cached),
@@ -123,6 +125,8 @@ def _memory(result: ReplayResult) -> dict[str, Any]:
         "store_bytes": counters["store_bytes_total"],
         "loads": counters["loads_total"],
         "stores": counters["stores_total"],
+        "loads_failed": counters["loads_failed_total"],
+        "stores_failed": counters["stores_failed_total"],
         "copies_failed": counters["loads_failed_total"] + counters["stores_failed_total"],
         "device_peak_bytes": cached.device_peak_bytes,
     }

@@ -161,7 +161,7 @@ def test_inspect_counts_and_checks_histories(tmp_path: Path, capsys: Capture) ->
 
 def test_serve_listens_and_drains(tmp_path: Path) -> None:
     words = ["--model", "tiny", "--device", "cpu", "--gpu-cache", "1MiB", "--host-cache", "1MiB", "--port", "0"]
-    words += ["--metrics-port", "0", "--history-path", str(tmp_path / "histories")]
+    words += ["--metrics-port", "0", "--history-path", str(tmp_path / "histories"), "--chaos", "fail=0.5"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(
         [sys.executable, "-m", "mtserve", "serve", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -178,6 +178,7 @@ def test_serve_listens_and_drains(tmp_path: Path) -> None:
         text = "".join(lines)
         assert "histories: 0 users, in" in text
         assert "gpu tier: 1.0 MiB, 32 pages of 64 tokens: 6 users of 256 behaviours" in text
+        assert "chaos: fail=0.5: copies between the tiers" in text
         server.send_signal(signal.SIGTERM)
         _, errors = server.communicate(timeout=30)
         assert server.returncode == 0, errors
@@ -195,6 +196,7 @@ def test_serve_refuses_bad_tables(tmp_path: Path, capsys: Capture) -> None:
         ("[model]\nlayers = 0\n", "layers: 0 is outside 1 to 128"),
         ("[model]\nsource = 'tiny'\nseed = -1\n", "model.seed: -1 is not"),
         ("[engine]\npage_tokens = '64'\n", "page_tokens: expected int"),
+        ("[engine]\nchaos = 'often'\n", "chaos: 'often' is not fail=SHARE"),
     ):
         config.write_text(text)
         assert main(["serve", "--config", str(config), "--history-kind", "memory"]) == 2

@@ -50,6 +50,9 @@ def test_replay_prints_tables_and_writes_json_and_plots(
     assert found["max_score_difference"] <= 1e-5
     assert found["padded_rows_share"] is None
     assert "padding" not in out
+    assert found["chaos"] is None
+    assert "chaos" not in out
+    assert "copies in that failed" not in out
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in plots.iterdir())
     assert len(list(plots.iterdir())) == 4
 
@@ -96,6 +99,22 @@ def test_fields_of_a_preset_and_the_seed_come_from_the_file(trace: str, tmp_path
     assert json.loads(target.read_text())["seed"] == 2
 
 
+def test_a_replay_under_chaos_verifies_and_says_how_many_copies_failed(
+    trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, chaos = tmp_path / "result.json", "fail=0.3,slow=0.3:2ms,seed=4"
+    words = ["replay", trace, "--chaos", chaos, "--verify", "4", "--json", str(target), "--write-back-idle-ms", "0"]
+    assert main([*words, *ENGINE]) == 0
+    out, found = capsys.readouterr().out, json.loads(target.read_text())
+    assert f"under chaos: {chaos}" in out
+    assert "scores agree" in out
+    assert found["chaos"] == found["engine_config"]["chaos"] == chaos
+    memory = found["memory"]
+    assert memory["copies_failed"] == memory["loads_failed"] + memory["stores_failed"] > 0
+    (line,) = (line for line in out.splitlines() if "copies in that failed" in line)
+    assert f"{memory['stores_failed']:.0f} of {memory['stores_failed'] + memory['stores']:.0f}" in line
+
+
 def test_disagreement_exits_with_1_and_says_so(
     trace: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +132,7 @@ def test_disagreement_exits_with_1_and_says_so(
         (["--device", "tpu"], "mtserve replay: device: "),
         (["--concurrency", "0"], "mtserve replay: concurrency: 0 is outside 1 to 65536"),
         (["--gpu-cache", "1XB"], "mtserve replay: gpu_cache: "),
+        (["--chaos", "fail=7"], "mtserve replay: chaos: fail 7 is outside 0 to 1"),
         (["--json", "no/such/folder/x.json"], "mtserve replay: json: "),
         (["--config", "absent.toml"], "mtserve replay: config: absent.toml does not exist"),
     ],

@@ -301,8 +301,9 @@ def test_one_slow_batch_does_not_doom_those_that_come_after(world: Make) -> None
 
 def test_prefetches_do_not_take_the_room_of_scores(world: Make) -> None:
     w = world(max_queue=2)
-    w.put("a", 3)
-    prefetches = [w.engine.prefetch("a") for _ in range(4)]
+    for user in "abcd":
+        w.put(user, 3)
+    prefetches = [w.engine.prefetch(user) for user in "abcd"]
     w.engine._loop.run_inbox()
     score = w.submit("a")
     w.run()
@@ -310,6 +311,8 @@ def test_prefetches_do_not_take_the_room_of_scores(world: Make) -> None:
     refused = [future for future in prefetches if future.exception(0) is not None]
     assert len(refused) == 2
     assert all(isinstance(future.exception(0), ResourceExhausted) for future in refused)
+    assert w.value("prefetches_dropped_total") == 2
+    assert w.value("rejected_total", "queue_full") == 0
 
 
 def test_a_prefetch_of_what_is_there_runs_nothing(world: Make) -> None:

@@ -300,6 +300,5 @@ def test_an_engine_whose_loop_broke_answers_whoever_waits(world: Make, caplog: p
         waiting.future.result(10)
     with pytest.raises(Unavailable):
         w.submit("a")
-    w.tiers._storing.clear()
     w.tiers.index.invalidate_all()
     w.tiers.check = lambda: None  # the one structure that the broken copy left behind

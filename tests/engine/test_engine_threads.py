@@ -40,7 +40,7 @@ class User:
         more = make_behaviours(self.rng, 1, int(self.rows["time_ms"][-1]))
         self.rows = np.concatenate((self.rows, more))
         self.versions.append(self.rows)
-        engine.append(self.name, more)
+        engine.append(self.name, more, prefetch=bool(self.rng.random() < 0.5))
 
     def verify(self, model: Any, answers: list[tuple[int, int, Any, Any]]) -> int:
         """Each answer equals the recompute of a version that stood between its submit and its answer."""

@@ -16,6 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from small_models import CAUSAL, make_features, small_model
 
 from mtserve.errors import NotFound, TransferFailed
+from mtserve.transfer.chaos import Chaos
+from mtserve.transfer.slow_mover import SlowMover
 
 USERS = st.sampled_from("abcd")
 COUNTS = st.integers(1, 12)
@@ -45,6 +47,7 @@ class EngineMachine(RuleBasedStateMachine):
         overlap=st.booleans(),
         batch=st.sampled_from([7, 20, 1000]),
         idle_ms=st.sampled_from([0, 40]),
+        slow=st.sampled_from([0.0, 0.0, 0.4]),
         seed=st.integers(0, 999),
     )
     def start(
@@ -56,6 +59,7 @@ class EngineMachine(RuleBasedStateMachine):
         overlap: bool,
         batch: int,
         idle_ms: int,
+        slow: float,
         seed: int,
     ) -> None:
         self.world = World(
@@ -75,6 +79,9 @@ class EngineMachine(RuleBasedStateMachine):
         for count, user in enumerate("abcd"):
             self.world.put(user, 6 * count + 3)
         self.mover: DelayedMover = self.world.delay_copies(late, self._fault)
+        if slow:  # ended copies are told late, too
+            chaos = Chaos(slow=slow, slow_s=0.03, seed=seed)
+            self.world.tiers.mover = SlowMover(self.mover, chaos.delay, self.world.clock)
 
     def _fault(self, kind: str) -> None:
         self.copies += 1
@@ -83,9 +90,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     # Histories
 
-    @rule(user=USERS, count=st.integers(1, 4))
-    def append(self, user: str, count: int) -> None:
-        self.world.append(user, count)
+    @rule(user=USERS, count=st.integers(1, 4), prefetch=st.booleans())
+    def append(self, user: str, count: int, prefetch: bool) -> None:
+        self.world.append(user, count, prefetch)
 
     @rule(user=USERS, kind=st.sampled_from(["correct", "correct", "features", "history", "delete"]), count=COUNTS)
     def change(self, user: str, kind: str, count: int) -> None:
@@ -120,10 +127,10 @@ class EngineMachine(RuleBasedStateMachine):
                 self.pending.append(self.world.submit(user, 2))
         self.step(1)
 
-    @rule(user=USERS, count=st.integers(1, 3))
-    def append_and_score(self, user: str, count: int) -> None:
+    @rule(user=USERS, count=st.integers(1, 3), prefetch=st.booleans())
+    def append_and_score(self, user: str, count: int, prefetch: bool) -> None:
         """What a recommender does all day."""
-        self.world.append(user, count)
+        self.world.append(user, count, prefetch)
         self.pending.append(self.world.submit(user, 3))
         self.step(1)
 
@@ -162,8 +169,9 @@ class EngineMachine(RuleBasedStateMachine):
         """Let every copy end and every request be answered."""
         for _ in range(300):
             self.mover.release_all()
-            if not self.world.step() and not self.mover.pending():
+            if not self.world.step() and not self.world.tiers.mover.pending():
                 break
+            self.world.clock.now += 0.01
         assert all(pending.future.done() for pending in self.pending)
         assert not self.world.engine._core.busy()
 

@@ -53,12 +53,14 @@ class FakeEngine:
             self.histories[user_id] = history if history is not None else SCHEMA.behaviours({"time_ms": []})
         return len(self.histories[user_id])
 
-    def append(self, user_id: str, behaviours: Rows, position: int | None = None) -> int:
+    def append(self, user_id: str, behaviours: Rows, position: int | None = None, *, prefetch: bool = False) -> int:
         time.sleep(self.append_seconds)
         known = self.histories.get(user_id, behaviours[:0])
         if position is not None and position != len(known):
             raise FailedPrecondition(f"server is at {len(known)}", field="position", position=len(known))
         self.histories[user_id] = np.concatenate([known, behaviours])
+        if prefetch:
+            self.prefetched.append(user_id)
         return len(self.histories[user_id])
 
     def truncate(self, user_id: str, position: int) -> int:

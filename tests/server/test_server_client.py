@@ -52,6 +52,16 @@ def test_history_arrives_as_it_was_sent(client: Client, engine: FakeEngine) -> N
     assert client.delete_user("ann") is False
 
 
+def test_an_append_carries_its_hint_and_none_by_default(client: Client, engine: FakeEngine) -> None:
+    client.append("ann", {"time_ms": [1]})
+    assert engine.prefetched == []
+    assert client.append("bob", {"time_ms": [1]}, prefetch=True) == 1
+    assert client.append("bob", {"time_ms": [2]}, position=1, prefetch=True) == 2
+    with pytest.raises(FailedPrecondition):
+        client.append("bob", {"time_ms": [3]}, position=1, prefetch=True)
+    assert engine.prefetched == ["bob", "bob"]
+
+
 def test_put_user_sets_features_and_history_apart(client: Client, engine: FakeEngine) -> None:
     assert client.put_user("bob", {"segment": 3, "traits": [0.5, 1.5, 2.5]}) == 0
     assert client.put_user("bob", history={"time_ms": [4, 5], "item": [1, 2], "dwell": [[1.0], [2.0]]}) == 2

@@ -138,6 +138,20 @@ def test_prefetch_invalidate_and_stats(engine: Any, client: Client) -> None:
     engine.check()
 
 
+def test_the_score_after_an_append_with_a_hint_finds_all_of_its_prefix(
+    engine: Any, client: Client, eventually: Callable[[Callable[[], bool]], None]
+) -> None:
+    client.put_user("eve", FEATURES, behaviours(30))
+    for turn in range(3):  # at first the history is not in memory
+        batches = engine.metrics.value("batches_total")
+        position = client.append("eve", behaviours(1, 10_000_000 + turn), prefetch=True)
+        eventually(lambda before=batches: engine.metrics.value("batches_total") > before)
+        answer = client.score("eve", candidates(), context=CONTEXT)
+        assert answer.position == position == 31 + turn
+        assert (answer.gpu_tokens, answer.encoded_tokens) == (answer.prefix_tokens, 0)
+        np.testing.assert_allclose(answer.scores, embedded(engine, "eve"), atol=1e-5)
+
+
 def test_run_serves_the_real_engine(capsys: pytest.CaptureFixture[str]) -> None:
     engine = engine_module.Engine(presets.build("tiny", seed=0), EngineConfig(device="cpu", host_cache="1MiB"))
     addresses: list[str] = []

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emtserve/proto/v1/ranking.proto\x12\nmtserve.v1\"\x18\n\x06Int64s\x12\x0e\n\x06values\x18\x01 \x03(\x10\"\x18\n\x06\x46loats\x12\x0e\n\x06values\x18\x01 \x03(\x02\"i\n\x06\x43olumn\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x03ids\x18\x02 \x01(\x0b\x32\x12.mtserve.v1.Int64sH\x00\x12$\n\x06\x66loats\x18\x03 \x01(\x0b\x32\x12.mtserve.v1.FloatsH\x00\x42\x08\n\x06values\"_\n\x04Rows\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12#\n\x07time_ms\x18\x02 \x01(\x0b\x32\x12.mtserve.v1.Int64s\x12#\n\x07\x63olumns\x18\x03 \x03(\x0b\x32\x12.mtserve.v1.Column\"W\n\x0b\x41ppendFirst\x12\x15\n\x08position\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12$\n\nbehaviours\x18\x02 \x01(\x0b\x32\x10.mtserve.v1.RowsB\x0b\n\t_position\"U\n\x07History\x12$\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x12.mtserve.v1.Column\x12$\n\nbehaviours\x18\x02 \x01(\x0b\x32\x10.mtserve.v1.Rows\"\xce\x01\n\x0cScoreRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12$\n\ncandidates\x18\x02 \x01(\x0b\x32\x10.mtserve.v1.Rows\x12#\n\x07\x63ontext\x18\x03 \x03(\x0b\x32\x12.mtserve.v1.Column\x12\'\n\x06\x61ppend\x18\x04 \x01(\x0b\x32\x17.mtserve.v1.AppendFirst\x12$\n\x07history\x18\x05 \x01(\x0b\x32\x13.mtserve.v1.History\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x06 \x01(\r\"\xb1\x01\n\rScoreResponse\x12\r\n\x05tasks\x18\x01 \x03(\t\x12\x0e\n\x06scores\x18\x02 \x03(\x02\x12\x10\n\x08position\x18\x03 \x01(\x03\x12\x15\n\rprefix_tokens\x18\x04 \x01(\r\x12\x12\n\ngpu_tokens\x18\x05 \x01(\r\x12\x13\n\x0bhost_tokens\x18\x06 \x01(\r\x12\x16\n\x0e\x65ncoded_tokens\x18\x07 \x01(\r\x12\x17\n\x0flatency_seconds\x18\x08 \x01(\x01\"?\n\x11ScoreBatchRequest\x12*\n\x08requests\x18\x01 \x03(\x0b\x32\x18.mtserve.v1.ScoreRequest\"[\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x15\n\x08position\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\x0b\n\t_position\"p\n\x0cScoreOutcome\x12-\n\x08response\x18\x01 \x01(\x0b\x32\x19.mtserve.v1.ScoreResponseH\x00\x12&\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.mtserve.v1.FailureH\x00\x42\t\n\x07outcome\"@\n\x12ScoreBatchResponse\x12*\n\x08outcomes\x18\x01 \x03(\x0b\x32\x18.mtserve.v1.ScoreOutcome\"j\n\x0ePutUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12$\n\x08\x66\x65\x61tures\x18\x02 \x03(\x0b\x32\x12.mtserve.v1.Column\x12!\n\x07history\x18\x03 \x01(\x0b\x32\x10.mtserve.v1.Rows\"j\n\rAppendRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x15\n\x08position\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12$\n\nbehaviours\x18\x03 \x01(\x0b\x32\x10.mtserve.v1.RowsB\x0b\n\t_position\"4\n\x0fTruncateRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x03\"$\n\x10PositionResponse\x12\x10\n\x08position\x18\x01 \x01(\x03\"$\n\x11\x44\x65leteUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"%\n\x12\x44\x65leteUserResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\"\n\x0fPrefetchRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"\x12\n\x10PrefetchResponse\"?\n\x11InvalidateRequest\x12\x11\n\x07user_id\x18\x01 \x01(\tH\x00\x12\r\n\x03\x61ll\x18\x02 \x01(\x08H\x00\x42\x08\n\x06target\")\n\x12InvalidateResponse\x12\x13\n\x0binvalidated\x18\x01 \x01(\x03\"\x11\n\x0fGetStatsRequest\";\n\x10GetStatsResponse\x12\x12\n\nstats_json\x18\x01 \x01(\t\x12\x13\n\x0bschema_json\x18\x02 \x01(\t2\x8b\x05\n\x07Ranking\x12<\n\x05Score\x12\x18.mtserve.v1.ScoreRequest\x1a\x19.mtserve.v1.ScoreResponse\x12K\n\nScoreBatch\x12\x1d.mtserve.v1.ScoreBatchRequest\x1a\x1e.mtserve.v1.ScoreBatchResponse\x12\x43\n\x07PutUser\x12\x1a.mtserve.v1.PutUserRequest\x1a\x1c.mtserve.v1.PositionResponse\x12\x41\n\x06\x41ppend\x12\x19.mtserve.v1.AppendRequest\x1a\x1c.mtserve.v1.PositionResponse\x12\x45\n\x08Truncate\x12\x1b.mtserve.v1.TruncateRequest\x1a\x1c.mtserve.v1.PositionResponse\x12K\n\nDeleteUser\x12\x1d.mtserve.v1.DeleteUserRequest\x1a\x1e.mtserve.v1.DeleteUserResponse\x12\x45\n\x08Prefetch\x12\x1b.mtserve.v1.PrefetchRequest\x1a\x1c.mtserve.v1.PrefetchResponse\x12K\n\nInvalidate\x12\x1d.mtserve.v1.InvalidateRequest\x1a\x1e.mtserve.v1.InvalidateResponse\x12\x45\n\x08GetStats\x12\x1b.mtserve.v1.GetStatsRequest\x1a\x1c.mtserve.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emtserve/proto/v1/ranking.proto\x12\nmtserve.v1\"\x18\n\x06Int64s\x12\x0e\n\x06values\x18\x01 \x03(\x10\"\x18\n\x06\x46loats\x12\x0e\n\x06values\x18\x01 \x03(\x02\"i\n\x06\x43olumn\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x03ids\x18\x02 \x01(\x0b\x32\x12.mtserve.v1.Int64sH\x00\x12$\n\x06\x66loats\x18\x03 \x01(\x0b\x32\x12.mtserve.v1.FloatsH\x00\x42\x08\n\x06values\"_\n\x04Rows\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12#\n\x07time_ms\x18\x02 \x01(\x0b\x32\x12.mtserve.v1.Int64s\x12#\n\x07\x63olumns\x18\x03 \x03(\x0b\x32\x12.mtserve.v1.Column\"W\n\x0b\x41ppendFirst\x12\x15\n\x08position\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12$\n\nbehaviours\x18\x02 \x01(\x0b\x32\x10.mtserve.v1.RowsB\x0b\n\t_position\"U\n\x07History\x12$\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x12.mtserve.v1.Column\x12$\n\nbehaviours\x18\x02 \x01(\x0b\x32\x10.mtserve.v1.Rows\"\xce\x01\n\x0cScoreRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12$\n\ncandidates\x18\x02 \x01(\x0b\x32\x10.mtserve.v1.Rows\x12#\n\x07\x63ontext\x18\x03 \x03(\x0b\x32\x12.mtserve.v1.Column\x12\'\n\x06\x61ppend\x18\x04 \x01(\x0b\x32\x17.mtserve.v1.AppendFirst\x12$\n\x07history\x18\x05 \x01(\x0b\x32\x13.mtserve.v1.History\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x06 \x01(\r\"\xb1\x01\n\rScoreResponse\x12\r\n\x05tasks\x18\x01 \x03(\t\x12\x0e\n\x06scores\x18\x02 \x03(\x02\x12\x10\n\x08position\x18\x03 \x01(\x03\x12\x15\n\rprefix_tokens\x18\x04 \x01(\r\x12\x12\n\ngpu_tokens\x18\x05 \x01(\r\x12\x13\n\x0bhost_tokens\x18\x06 \x01(\r\x12\x16\n\x0e\x65ncoded_tokens\x18\x07 \x01(\r\x12\x17\n\x0flatency_seconds\x18\x08 \x01(\x01\"?\n\x11ScoreBatchRequest\x12*\n\x08requests\x18\x01 \x03(\x0b\x32\x18.mtserve.v1.ScoreRequest\"[\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x15\n\x08position\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\x0b\n\t_position\"p\n\x0cScoreOutcome\x12-\n\x08response\x18\x01 \x01(\x0b\x32\x19.mtserve.v1.ScoreResponseH\x00\x12&\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.mtserve.v1.FailureH\x00\x42\t\n\x07outcome\"@\n\x12ScoreBatchResponse\x12*\n\x08outcomes\x18\x01 \x03(\x0b\x32\x18.mtserve.v1.ScoreOutcome\"j\n\x0ePutUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12$\n\x08\x66\x65\x61tures\x18\x02 \x03(\x0b\x32\x12.mtserve.v1.Column\x12!\n\x07history\x18\x03 \x01(\x0b\x32\x10.mtserve.v1.Rows\"|\n\rAppendRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x15\n\x08position\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12$\n\nbehaviours\x18\x03 \x01(\x0b\x32\x10.mtserve.v1.Rows\x12\x10\n\x08prefetch\x18\x04 \x01(\x08\x42\x0b\n\t_position\"4\n\x0fTruncateRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x03\"$\n\x10PositionResponse\x12\x10\n\x08position\x18\x01 \x01(\x03\"$\n\x11\x44\x65leteUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"%\n\x12\x44\x65leteUserResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\"\n\x0fPrefetchRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"\x12\n\x10PrefetchResponse\"?\n\x11InvalidateRequest\x12\x11\n\x07user_id\x18\x01 \x01(\tH\x00\x12\r\n\x03\x61ll\x18\x02 \x01(\x08H\x00\x42\x08\n\x06target\")\n\x12InvalidateResponse\x12\x13\n\x0binvalidated\x18\x01 \x01(\x03\"\x11\n\x0fGetStatsRequest\";\n\x10GetStatsResponse\x12\x12\n\nstats_json\x18\x01 \x01(\t\x12\x13\n\x0bschema_json\x18\x02 \x01(\t2\x8b\x05\n\x07Ranking\x12<\n\x05Score\x12\x18.mtserve.v1.ScoreRequest\x1a\x19.mtserve.v1.ScoreResponse\x12K\n\nScoreBatch\x12\x1d.mtserve.v1.ScoreBatchRequest\x1a\x1e.mtserve.v1.ScoreBatchResponse\x12\x43\n\x07PutUser\x12\x1a.mtserve.v1.PutUserRequest\x1a\x1c.mtserve.v1.PositionResponse\x12\x41\n\x06\x41ppend\x12\x19.mtserve.v1.AppendRequest\x1a\x1c.mtserve.v1.PositionResponse\x12\x45\n\x08Truncate\x12\x1b.mtserve.v1.TruncateRequest\x1a\x1c.mtserve.v1.PositionResponse\x12K\n\nDeleteUser\x12\x1d.mtserve.v1.DeleteUserRequest\x1a\x1e.mtserve.v1.DeleteUserResponse\x12\x45\n\x08Prefetch\x12\x1b.mtserve.v1.PrefetchRequest\x1a\x1c.mtserve.v1.PrefetchResponse\x12K\n\nInvalidate\x12\x1d.mtserve.v1.InvalidateRequest\x1a\x1e.mtserve.v1.InvalidateResponse\x12\x45\n\x08GetStats\x12\x1b.mtserve.v1.GetStatsRequest\x1a\x1c.mtserve.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -58,27 +58,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUTUSERREQUEST']._serialized_start=1205
   _globals['_PUTUSERREQUEST']._serialized_end=1311
   _globals['_APPENDREQUEST']._serialized_start=1313
-  _globals['_APPENDREQUEST']._serialized_end=1419
-  _globals['_TRUNCATEREQUEST']._serialized_start=1421
-  _globals['_TRUNCATEREQUEST']._serialized_end=1473
-  _globals['_POSITIONRESPONSE']._serialized_start=1475
-  _globals['_POSITIONRESPONSE']._serialized_end=1511
-  _globals['_DELETEUSERREQUEST']._serialized_start=1513
-  _globals['_DELETEUSERREQUEST']._serialized_end=1549
-  _globals['_DELETEUSERRESPONSE']._serialized_start=1551
-  _globals['_DELETEUSERRESPONSE']._serialized_end=1588
-  _globals['_PREFETCHREQUEST']._serialized_start=1590
-  _globals['_PREFETCHREQUEST']._serialized_end=1624
-  _globals['_PREFETCHRESPONSE']._serialized_start=1626
-  _globals['_PREFETCHRESPONSE']._serialized_end=1644
-  _globals['_INVALIDATEREQUEST']._serialized_start=1646
-  _globals['_INVALIDATEREQUEST']._serialized_end=1709
-  _globals['_INVALIDATERESPONSE']._serialized_start=1711
-  _globals['_INVALIDATERESPONSE']._serialized_end=1752
-  _globals['_GETSTATSREQUEST']._serialized_start=1754
-  _globals['_GETSTATSREQUEST']._serialized_end=1771
-  _globals['_GETSTATSRESPONSE']._serialized_start=1773
-  _globals['_GETSTATSRESPONSE']._serialized_end=1832
-  _globals['_RANKING']._serialized_start=1835
-  _globals['_RANKING']._serialized_end=2486
+  _globals['_APPENDREQUEST']._serialized_end=1437
+  _globals['_TRUNCATEREQUEST']._serialized_start=1439
+  _globals['_TRUNCATEREQUEST']._serialized_end=1491
+  _globals['_POSITIONRESPONSE']._serialized_start=1493
+  _globals['_POSITIONRESPONSE']._serialized_end=1529
+  _globals['_DELETEUSERREQUEST']._serialized_start=1531
+  _globals['_DELETEUSERREQUEST']._serialized_end=1567
+  _globals['_DELETEUSERRESPONSE']._serialized_start=1569
+  _globals['_DELETEUSERRESPONSE']._serialized_end=1606
+  _globals['_PREFETCHREQUEST']._serialized_start=1608
+  _globals['_PREFETCHREQUEST']._serialized_end=1642
+  _globals['_PREFETCHRESPONSE']._serialized_start=1644
+  _globals['_PREFETCHRESPONSE']._serialized_end=1662
+  _globals['_INVALIDATEREQUEST']._serialized_start=1664
+  _globals['_INVALIDATEREQUEST']._serialized_end=1727
+  _globals['_INVALIDATERESPONSE']._serialized_start=1729
+  _globals['_INVALIDATERESPONSE']._serialized_end=1770
+  _globals['_GETSTATSREQUEST']._serialized_start=1772
+  _globals['_GETSTATSREQUEST']._serialized_end=1789
+  _globals['_GETSTATSRESPONSE']._serialized_start=1791
+  _globals['_GETSTATSRESPONSE']._serialized_end=1850
+  _globals['_RANKING']._serialized_start=1853
+  _globals['_RANKING']._serialized_end=2504
 # @@protoc_insertion_point(module_scope)

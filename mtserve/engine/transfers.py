@@ -1,0 +1,105 @@
+"""The copies under way between the tiers: whose they are, what they carry and how long they take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mtserve.cache.index import Copy
+from mtserve.metrics import Metrics
+from mtserve.transfer.mover import LOAD, STORE, Finished
+from mtserve.types import Clock
+
+DIRECTIONS = (LOAD, STORE)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One copy under way: its pages' size in bytes, and when it was submitted."""
+
+    user_id: str
+    bytes: int
+    began: float
+
+
+class Transfers:
+    """Counts and times copies, each from its submission until it is polled as finished."""
+
+    def __init__(self, metrics: Metrics, clock: Clock, page_bytes: int) -> None:
+        self._metrics, self._clock, self._page_bytes = metrics, clock, page_bytes
+        self._open: dict[str, dict[int, Transfer]] = {kind: {} for kind in DIRECTIONS}  # by ticket
+        self._busy_since = dict.fromkeys(DIRECTIONS, 0.0)  # of directions with copies under way
+        self._busy_s = dict.fromkeys(DIRECTIONS, 0.0)  # of earlier times
+
+    def __len__(self) -> int:
+        """Copies under way, both ways."""
+        return sum(map(len, self._open.values()))
+
+    def began(self, kind: str, copies: Sequence[Copy]) -> None:
+        """`copies` are submitted now."""
+        now, under_way = self._clock(), self._open[kind]
+        if not under_way:
+            self._busy_since[kind] = now
+        begun = {copy.ticket: Transfer(copy.user, len(copy.gpu_pages) * self._page_bytes, now) for copy in copies}
+        under_way.update(begun)
+        size = sum(transfer.bytes for transfer in begun.values())
+        self._metrics.count_many(((f"{kind}s_in_flight", len(begun), ""), (f"{kind}_bytes_in_flight", size, "")))
+
+    def ended(self, finished: Sequence[Finished]) -> set[str]:
+        """These copies were polled; returns the users whose loads failed."""
+        now, unloaded = self._clock(), set[str]()
+        for kind in DIRECTIONS:
+            done = [each for each in finished if each.kind == kind]
+            if not done:
+                continue
+            transfers = [self._open[kind].pop(each.ticket) for each in done]
+            failed = [t for t, each in zip(transfers, done, strict=True) if each.error is not None]
+            self._count(kind, now, transfers, failed)
+            if not self._open[kind]:
+                self._busy_s[kind] += max(0.0, now - self._busy_since[kind])
+            if kind == LOAD:
+                unloaded.update(transfer.user_id for transfer in failed)
+        return unloaded
+
+    def _count(self, kind: str, now: float, ended: Sequence[Transfer], failed: Sequence[Transfer]) -> None:
+        size = sum(transfer.bytes for transfer in ended)
+        self._metrics.count_many(
+            (
+                (f"{kind}s_in_flight", -len(ended), ""),
+                (f"{kind}_bytes_in_flight", -size, ""),
+                (f"{kind}s_total", len(ended) - len(failed), ""),
+                (f"{kind}s_failed_total", len(failed), ""),
+                (f"{kind}_bytes_total", size - sum(transfer.bytes for transfer in failed), ""),
+            )
+        )
+        self._metrics.observe_many(f"{kind}_seconds", [max(0.0, now - transfer.began) for transfer in ended])
+
+    def under_way(self, kind: str) -> int:
+        """Copies of one direction under way."""
+        return len(self._open[kind])
+
+    def check(self) -> None:
+        """Fail an assertion where the gauges are not what is under way."""
+        for kind, under_way in self._open.items():
+            assert self._metrics.value(f"{kind}s_in_flight") == len(under_way)
+            assert self._metrics.value(f"{kind}_bytes_in_flight") == sum(each.bytes for each in under_way.values())
+
+    def stats(self) -> dict[str, Any]:
+        """By direction, JSON-able: `bytes` moved, `gb_per_s`, copies `in_flight` and `failed`.
+
+        `gb_per_s`: bytes moved by the seconds in which a copy of that direction was under way, in 10^9 bytes a
+        second; None when there were none.
+        """
+        return {kind: self._direction(kind) for kind in DIRECTIONS}
+
+    def _direction(self, kind: str) -> dict[str, Any]:
+        moved, busy_s = int(self._metrics.value(f"{kind}_bytes_total")), self._busy_s[kind]
+        if self._open[kind]:
+            busy_s += max(0.0, self._clock() - self._busy_since[kind])
+        return {
+            "bytes": moved,
+            "gb_per_s": moved / busy_s / 1e9 if busy_s > 0 else None,
+            "in_flight": len(self._open[kind]),
+            "failed": int(self._metrics.value(f"{kind}s_failed_total")),
+        }

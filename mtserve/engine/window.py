@@ -1,0 +1,37 @@
+"""Whose states the device should hold now: the waiting users whose turn is near, as far as it has pages for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mtserve.engine.job import Job
+
+
+def open_window(
+    jobs: Sequence[Job], pages: int, page_tokens: int, held: Mapping[str, int], *, idle: bool
+) -> dict[str, int]:
+    """Pages kept for each of the first users of `jobs` whose prefixes fit `pages` together: more would evict one another.
+
+    Prefetches come behind every score in `jobs` and have what the scores leave. Of that they leave alone what copies
+    of others hold (`held`: device pages by user), which cannot be evicted: evicted would be what a score waits for.
+    `idle`: nothing runs, so that the first user is let in whatever its size.
+    """
+    window: dict[str, int] = {}
+    held = dict(held)
+    room, scores = pages, True
+    for job in jobs:
+        user_id = job.user_id
+        if job.prefetch and scores:
+            scores = False
+            room -= sum(count for user, count in held.items() if user not in window)
+        wanted = -(-len(job.sequence.chain) // page_tokens)
+        more = wanted - window.get(user_id, 0)
+        if more <= 0:
+            continue
+        if job.prefetch and user_id not in window:
+            room += held.get(user_id, 0)  # counted among its own
+        room -= more
+        if room < 0 and (window or not idle):
+            break
+        window[user_id] = wanted
+    return window

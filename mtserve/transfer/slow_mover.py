@@ -1,0 +1,49 @@
+"""A link that is slow at times, without anybody waiting for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from mtserve.cache.index import Copy
+from mtserve.transfer.mover import Finished, Mover
+from mtserve.types import Clock
+
+
+class SlowMover(Mover):
+    """Another mover, some of whose copies are told as finished later than they were.
+
+    Until then nobody reads what they brought and their pages stay pinned, as those of a slow copy do.
+    """
+
+    def __init__(self, inner: Mover, delay: Callable[[str], float], clock: Clock) -> None:
+        """`delay`: asked once a copy, with "load" or "store", for the seconds on `clock` by which it ends late."""
+        super().__init__(inner.pool, inner.arena)
+        self._inner, self._delay, self._clock = inner, delay, clock
+        self._late: dict[tuple[str, int], float] = {}  # (kind, ticket) of slow copies -> seconds
+        self._held: list[tuple[float, Finished]] = []  # with the time to tell
+
+    def submit(self, kind: str, copies: Sequence[Copy]) -> None:
+        for copy in copies:
+            seconds = self._delay(kind)
+            if seconds > 0:
+                self._late[kind, copy.ticket] = seconds
+        self._inner.submit(kind, copies)
+
+    def poll(self) -> list[Finished]:
+        now = self._clock()
+        for finished in self._inner.poll():
+            self._held.append((now + self._late.pop((finished.kind, finished.ticket), 0.0), finished))
+        self._held.sort(key=lambda held: held[0])
+        ended = [finished for time, finished in self._held if time <= now]
+        self._held = self._held[len(ended) :]
+        return ended
+
+    def pending(self) -> int:
+        return self._inner.pending() + len(self._held)
+
+    def wait(self) -> None:
+        """Block until every copy has ended; what is only held back is held no longer."""
+        self._inner.wait()
+        self._late.clear()
+        self._held = [(-math.inf, finished) for _, finished in self._held]

@@ -1,0 +1,65 @@
+"""Which users' states the device is to hold: scores first, prefetches in what these leave."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import numpy as np
+from small_models import SCHEMA, make_behaviours, make_candidates, small_config
+
+from mtserve.engine.job import Job, make_job
+from mtserve.engine.sequence import SequenceBuilder
+from mtserve.engine.window import open_window
+from mtserve.types import History
+
+BUILDER = SequenceBuilder(small_config(), SCHEMA, "weights")
+PAGE_TOKENS = 4
+
+
+def score(user: str, pages: int, candidates: int = 2) -> Job:
+    """A request whose prefix takes `pages` pages, the last of them half."""
+    rng = np.random.default_rng(0)
+    behaviours = make_behaviours(rng, pages * PAGE_TOKENS - 2 - len(SCHEMA.user))
+    sequence = BUILDER.build(user, History(None, 0, behaviours))
+    return make_job(sequence, make_candidates(rng, candidates), Future(), 100.0, None)
+
+
+def hint(user: str, pages: int) -> Job:
+    return score(user, pages, candidates=0)
+
+
+def window(pages: int, *jobs: Job, idle: bool = True, **held: int) -> dict[str, int]:
+    return open_window(jobs, pages, PAGE_TOKENS, held, idle=idle)
+
+
+def test_the_first_users_that_fit_together_are_let_in() -> None:
+    jobs = [score("a", 2), score("b", 3), score("a", 2), score("c", 2), score("d", 1)]
+    assert window(7, *jobs) == {"a": 2, "b": 3, "c": 2}
+    assert window(6, *jobs) == {"a": 2, "b": 3}  # nobody overtakes c
+    assert list(window(8, *jobs)) == list("abcd")
+
+
+def test_a_user_larger_than_all_there_is_waits_until_nothing_runs() -> None:
+    assert window(2, score("a", 3), score("b", 1)) == {"a": 3}
+    assert window(2, score("a", 3), score("b", 1), idle=False) == {}
+    assert window(2, hint("a", 3)) == {"a": 3}
+
+
+def test_a_user_has_what_its_longest_history_let_in_takes() -> None:
+    assert window(5, score("a", 2), score("a", 4), score("b", 1)) == {"a": 4, "b": 1}
+    assert window(3, score("a", 2), score("a", 4), score("b", 1)) == {"a": 2}
+    assert window(4, score("a", 4), score("a", 2)) == {"a": 4}
+
+
+def test_prefetches_leave_alone_what_copies_of_others_hold() -> None:
+    jobs = [score("a", 2), hint("b", 2)]
+    assert window(6, *jobs, x=2) == {"a": 2, "b": 2}
+    assert window(5, *jobs, x=2) == {"a": 2}
+    assert window(5, jobs[0], score("b", 2), x=2) == {"a": 2, "b": 2}  # scores never wait for copies
+
+
+def test_what_a_copy_holds_of_users_let_in_is_counted_once() -> None:
+    jobs = [score("a", 2), hint("b", 2), hint("c", 2)]
+    assert window(6, *jobs, a=2, b=2, c=1) == {"a": 2, "b": 2, "c": 2}
+    assert window(5, *jobs, a=2, b=2, c=1) == {"a": 2, "b": 2}
+    assert window(4, score("b", 2), hint("b", 3), hint("c", 1), b=2) == {"b": 3, "c": 1}
