@@ -26,28 +26,14 @@
 #ifndef EPILOGUE
 #define EPILOGUE 0
 #endif
-#ifndef FP16
-#define FP16 0
-#endif
 #ifndef TILE_ROWS
 #define TILE_ROWS 128
 #endif
 #ifndef TILE_COLUMNS
 #define TILE_COLUMNS 128
 #endif
-#ifndef SPIN_LIMIT
-#define SPIN_LIMIT 0
-#endif
 
-using u32 = unsigned int;
-using u64 = unsigned long long;
-using Elem = unsigned short;  // the bits of one element
-
-#if FP16
-#define ELEM_NAME "f16"
-#else
-#define ELEM_NAME "bf16"
-#endif
+#include "hopper.cuh"
 
 // ---- geometry -------------------------------------------------------------------------------
 constexpr int BOX = 64;                           // rows and columns of a copy; k of a stage; rows of one wgmma
@@ -85,8 +71,6 @@ static_assert(SHARED_END + 1024 <= SHARED_LIMIT, "a block of sm_90 has at most 2
 // Registers after setmaxnreg: (40 + 2 * 232) * 128 = 168 * 384, of which the launch gives 168 to each thread.
 constexpr int PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 
-struct alignas(64) TensorMap { u64 opaque[16]; };
-
 // Mirrored by `Params` in mtserve/kernels/product/cuda.py. Offsets and strides count elements.
 struct Params {
     const Elem* bias;       // [N]; projection only, like all down to layer_offset
@@ -101,41 +85,6 @@ struct Params {
 };
 
 // ---- PTX ------------------------------------------------------------------------------------
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 bar) {
-    asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared::cta.b64 t, [%0];\n}\n" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-    asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1;\n}\n" ::"r"(bar), "r"(bytes)
-                 : "memory");
-}
-// Returns once the phase of this parity has completed (parity 1 of a fresh barrier counts as complete).
-// No trap in the loop: with one, ptxas ignores setmaxnreg.
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-    u32 done;
-#if SPIN_LIMIT
-    u32 polls = 0;
-#endif
-    do {
-        asm volatile(
-            "{\n.reg .pred p;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, p;\n}\n"
-            : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-#if SPIN_LIMIT
-        if (++polls > SPIN_LIMIT) break;
-#endif
-    } while (!done);
-}
-__device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 bar, int x, int y) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-        ::"r"(to), "l"((u64)map), "r"(bar), "r"(x), "r"(y) : "memory");
-}
 __device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];"
                  ::"l"((u64)map), "r"(from), "r"(x), "r"(y) : "memory");
@@ -143,16 +92,6 @@ __device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int x,
 __device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Returns once this thread's stores have read shared memory.
 __device__ __forceinline__ void stores_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-__device__ __forceinline__ void named_sync(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
 // Ties register values to this point of the program, so that no use of them moves across it.
 template <int N>
 __device__ __forceinline__ void hold(float (&x)[HALVES][N]) {
@@ -161,14 +100,6 @@ __device__ __forceinline__ void hold(float (&x)[HALVES][N]) {
 #pragma unroll
         for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[half][i])::"memory");
 }
-// Programmatic dependent launch: the next kernel of the stream may start once every thread block has said so (or
-// has ended), and must itself await the kernels before it ahead of reading what they wrote. Both do nothing in a
-// launch without that attribute.
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void await_kernels_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// The value of lane 0, which the compiler then knows to be the same for the whole warp.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-
 // Four 8 x 8 matrices; lanes 8 i .. 8 i + 7 name the rows of the i-th, of which each lane has two elements.
 __device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -198,11 +129,7 @@ constexpr u64 MN_MAJOR = SWIZZLE | ((u64)(8 * ROW_BYTES / 16) << 32) | ((u64)(BO
 __device__ __forceinline__ u64 k_major(u32 address) { return K_MAJOR | (u64)(address >> 4); }
 __device__ __forceinline__ u64 mn_major(u32 address) { return MN_MAJOR | (u64)(address >> 4); }
 
-// Operand names and constraints of the sums, 16 at a time.
-#define NAMES_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define NAMES_16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES_32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define NAMES_48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// Constraints of the sums, 16 at a time.
 #define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SIXTEEN(d, i) FOUR(d, i), FOUR(d, i + 4), FOUR(d, i + 8), FOUR(d, i + 12)
 #define WGMMA(n, names, a, b, add) \
@@ -219,29 +146,6 @@ __device__ __forceinline__ void product_step(float (&d)[SUMS], u64 a, u64 b, int
     asm volatile(WGMMA("128", NAMES_0 ", " NAMES_16 ", " NAMES_32 ", " NAMES_48, "%64", "%65", "%66")
                  : SIXTEEN(d, 0), SIXTEEN(d, 16), SIXTEEN(d, 32), SIXTEEN(d, 48) : "l"(a), "l"(b), "r"(add));
 #endif
-}
-
-// ---- arithmetic -----------------------------------------------------------------------------
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 packed;
-    asm("cvt.rn." ELEM_NAME "x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-__device__ __forceinline__ float2 unpack(u32 packed) {
-#if FP16
-    float2 f;
-    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n"
-        : "=f"(f.x), "=f"(f.y) : "r"(packed));
-    return f;
-#else
-    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
-#endif
-}
-// SiLU(x) = h (tanh(h) + 1) with h = x / 2: one approximate instruction instead of an exponential and a division.
-__device__ __forceinline__ float silu_of_half(float h) {
-    float t;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(h));
-    return fmaf(h, t, h);
 }
 
 // Position in the ring of stages; phase flips at each wrap.

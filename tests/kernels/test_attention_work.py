@@ -296,7 +296,11 @@ def test_the_cuda_text_is_found_and_the_cache_folder_follows_its_variable(
 ) -> None:
     from mtserve.kernels.cuda import build
 
-    assert "hstu_attention" in build.source("hstu_attention")
+    for name in ("hstu_attention", "product"):
+        text = build.source(name)
+        assert f"{name}(" in text
+        assert text.count("void barrier_wait(") == 1  # of the header, put in its place
+        assert "#include" not in text
     with pytest.raises(build.BuildFailed, match=r"nowhere\.cu"):
         build.source("nowhere")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from mtserve.errors import FailedPrecondition
 ARCH = "sm_90a"
 TIMEOUT_S = 300
 _OPTIONS = ("-std=c++17",)
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _log = logging.getLogger(__name__)
 
 
@@ -26,14 +28,19 @@ class BuildFailed(FailedPrecondition):
 
 
 def source(name: str) -> str:
-    """The text of `name`.cu: inside an installed package, or of the checkout that the package is used from."""
+    """The text of `name`.cu with the headers of ours that it includes in their place: one text, for either compiler."""
+    return _INCLUDE.sub(lambda line: _read(line[1]), _read(f"{name}.cu"))
+
+
+def _read(name: str) -> str:
+    """A CUDA file: inside an installed package, or of the checkout that the package is used from."""
     here = Path(__file__).resolve()
     folders = (here.parent / "src", here.parents[3] / "csrc" / "cuda")
     for folder in folders:
-        path = folder / f"{name}.cu"
+        path = folder / name
         if path.is_file():
             return path.read_text(encoding="utf-8")
-    raise BuildFailed(f"{name}.cu is neither in the package nor in a checkout around it", field="source")
+    raise BuildFailed(f"{name} is neither in the package nor in a checkout around it", field="source")
 
 
 def cache_folder() -> Path:
