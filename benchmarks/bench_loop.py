@@ -6,7 +6,8 @@ Three views of the same traffic, medians where nothing else is said:
 steps     the loop driven by hand, its queue always full: CPU time to plan and launch a batch, the GPU's time for it,
           and how long the GPU waits from one batch's end to the next one's copy.
 profile   the same under the profiler: the share of the time in which no kernel and no copy ran.
-clients   the engine's own thread and client threads in a closed loop, all in one Python process.
+clients   the engine's own thread and client threads in a closed loop, all in one Python process: one thread a user.
+few       the same with two client threads, which keep as many requests under way: fewer contend for the interpreter.
 Some scores are first held against the same engine without a cache; when they differ by more than bf16 does, nothing
 is reported and the exit status is 1.
 """
@@ -19,6 +20,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import deque
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -208,9 +210,11 @@ def profile(engine: Engine, traffic: Traffic, batch: int, batches: int) -> dict[
     return {"activities": len(spans), "seconds": (end - begin) / 1e6, "gpu_idle_share": 1 - busy / (end - begin)}
 
 
-def measure_clients(model: Any, users: int, batch: int, history: int, batches: int, seed: int) -> dict[str, Any]:
-    """`users` client threads that append, ask and wait; each has one request under way."""
-    each = max(1, batches * batch // users)
+def measure_clients(
+    model: Any, users: int, batch: int, history: int, batches: int, seed: int, threads: int = 0
+) -> dict[str, Any]:
+    """Users who append, ask and wait, each with one request under way, on `threads` client threads (0: one a user)."""
+    each, threads = max(1, batches * batch // users), threads or users
     with Engine(model, config_of(batch)) as engine:
         loads = [Traffic(model.schema, 1, history, seed + index, f"client-{index}") for index in range(users)]
         for load in loads:
@@ -218,26 +222,32 @@ def measure_clients(model: Any, users: int, batch: int, history: int, batches: i
         timed = Timed(engine)
         latencies: list[float] = []
 
-        def client(load: Traffic, requests: int) -> None:
-            for _ in range(requests):
-                latencies.append(load.submit(engine).result().latency_s)
+        def client(loads: list[Traffic], requests: int) -> None:
+            under_way = deque((load, load.submit(engine)) for load in loads)
+            for _ in range(requests * len(loads)):
+                load, future = under_way.popleft()
+                latencies.append(future.result().latency_s)
+                under_way.append((load, load.submit(engine)))
+            for _, future in under_way:
+                future.result()
 
         for requests in (WARM_UP, each):
             timed.forget()
             latencies.clear()
             began = time.perf_counter()
-            threads = [threading.Thread(target=client, args=(load, requests)) for load in loads]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            clients = [threading.Thread(target=client, args=(loads[k::threads], requests)) for k in range(threads)]
+            for each_client in clients:
+                each_client.start()
+            for each_client in clients:
+                each_client.join()
             seconds = time.perf_counter() - began
         summary = timed.summary()
+    answered = users * (each + 1)
     latencies.sort()
     return {
         **summary,
-        "threads": users,
-        "requests_per_s": users * each / seconds,
+        "threads": threads,
+        "requests_per_s": answered / seconds,
         "latency_p50_ms": 1e3 * latencies[len(latencies) // 2],
         "latency_p99_ms": 1e3 * latencies[int(len(latencies) * 0.99)],
     }
@@ -261,7 +271,11 @@ def main() -> int:
         print(f"FAILED: cached and uncached logits differ by {error:.2e} (relative L2)")
         return 1
     shape_of = (options.users, options.batch, options.history, options.batches, options.seed)
-    result = {"steps": measure_steps(model, *shape_of), "clients": measure_clients(model, *shape_of)}
+    result = {
+        "steps": measure_steps(model, *shape_of),
+        "clients": measure_clients(model, *shape_of),
+        "few": measure_clients(model, *shape_of, threads=2),
+    }
     for view, values in result.items():
         for name, value in values.items():
             print(f"{view:<8} {name:<20} {value if isinstance(value, dict) else f'{value:.3f}'}")

@@ -110,8 +110,8 @@ def loop_lines(result: Result) -> Lines:
         "driven by", "GPU a batch, ms", "CPU to plan and launch it, ms", "GPU waits between batches, ms",
         "GPU idle, %", "requests/s", "latency p50 / p99, ms",
     ]  # fmt: skip
-    names = {"steps": "hand, its queue full", "clients": f"{result['clients']['threads']} client threads"}
-    rows = []
+    threads = {view: f"{result[view]['threads']} client threads" for view in ("clients", "few") if view in result}
+    names, rows = {"steps": "hand, its queue full", **threads}, []
     for view, name in names.items():
         found = result[view]
         quantiles = [number(found.get(f"latency_{quantile}_ms"), 1) for quantile in ("p50", "p99")]
