@@ -144,7 +144,7 @@ class EngineConfig(Config):
     graphs: str = option("on", "capture a CUDA graph for each bucket of rows (cuda kernels)", choices=("on", "off"))
     deterministic: bool = option(
         False,
-        "bit-equal scores from run to run and whoever else is in the batch, up to 15% slower (cuda kernels)",
+        "bit-equal scores from run to run and whoever else is in the batch, 5 to 25% slower (cuda kernels)",
     )
     cache: str = option("on", "off encodes every request's whole history again: the baseline", choices=("on", "off"))
     gpu_cache: str = option(
