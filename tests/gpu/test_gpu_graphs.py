@@ -56,7 +56,13 @@ def _play(model: RankingModel, rounds: int = 12, **config: Any) -> Played:
     rng = np.random.default_rng(5)
     schema = model.schema
     options = EngineConfig(
-        device="cuda", dtype="bfloat16", page_tokens=64, poison_pages=True, host_cache="64MiB", **config
+        device="cuda",
+        dtype="bfloat16",
+        page_tokens=64,
+        poison_pages=True,
+        host_cache="64MiB",
+        write_back_idle_ms=0,
+        **config,
     )
     got, asked = [], []
     with Engine(model, options, start=False) as engine:
