@@ -149,17 +149,15 @@ class FeatureSchema:
         if rows.dtype != self.behaviour_dtype or rows.ndim != 1:
             raise InvalidArgument("rows are not of this model's behaviour schema", field=field)
         times = rows["time_ms"]
-        if len(times) == 0:
+        # Compared, not subtracted: int64 would wrap.
+        if len(times) == 0 or (previous_ms <= times[0] and bool((times[:-1] <= times[1:]).all())):
             return rows
-        before_ms = np.concatenate(([previous_ms], times[:-1]))  # compared, not subtracted: int64 would wrap
-        late = np.flatnonzero(before_ms > times)
-        if len(late):
-            before = int(before_ms[late[0]])
-            raise InvalidArgument(
-                f"{int(times[late[0]])} is before the previous behaviour's {before}; times must not decrease",
-                field=f"{field}[{late[0]}].time_ms",
-            )
-        return rows
+        before_ms = np.concatenate(([previous_ms], times[:-1]))
+        late = int(np.flatnonzero(before_ms > times)[0])
+        raise InvalidArgument(
+            f"{int(times[late])} is before the previous behaviour's {int(before_ms[late])}; times must not decrease",
+            field=f"{field}[{late}].time_ms",
+        )
 
     def to_json(self) -> str:
         return json.dumps(
