@@ -59,7 +59,7 @@ constexpr int THREADS = 128 * (WARPGROUPS + 1);
 // D = 256 (O: 128), and with three consumers of 160 registers, Q does not fit; two steps do for D <= 128.
 constexpr int Q_STEPS = WARPGROUPS == 3 ? 2 : D <= 128 ? STEPS : 0;
 // A sum of closed chunks waits in shared memory: D / 2 floats a thread. With D = 256 there is no room, and it waits in
-// the output, where L2 adds to it; that is slow (2.7 microseconds a chunk were measured, 0.3 through shared memory).
+// the output, where L2 adds to it; that is slow (2.7 microseconds a chunk were measured, under one through shared memory).
 constexpr bool KEPT_SUMS = CHUNKED && D <= 128;
 // Stages: as many as fit 227 KiB beside Q (and kept sums or the merge buffer). V is held a block longer than K.
 constexpr int K_STAGES = D > 128 ? 2 : !KEPT_SUMS || D < 128 ? 5 : WARPGROUPS == 2 ? 4 : 2;
