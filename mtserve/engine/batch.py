@@ -15,18 +15,17 @@ import numpy.typing as npt
 
 from mtserve.engine.job import Job
 from mtserve.kernels.plan import HostPlan
+from mtserve.kernels.token_embedding.batch import TILE_TOKENS
 from mtserve.model.schema import FeatureSchema
 from mtserve.model.tokeniser import KindTokens, TokenInputs
 from mtserve.types import Rows
 
 Int32s = npt.NDArray[np.int32]
 
-TOKEN_TILE = 128
-
 
 def tile_capacity(rows: int, kinds: int) -> int:
     """Tiles that any batch of up to `rows` rows has at most."""
-    return rows // TOKEN_TILE + kinds
+    return rows // TILE_TOKENS + kinds
 
 
 class BatchSize(NamedTuple):
@@ -45,7 +44,7 @@ class BatchArrays(NamedTuple):
     `slots` int32 [B, 4]: cached, delta, first row, rows.
     `page_table` int32 [B, W], `limit`, `group`, `target` int32 [T] in the order of the rows: as in HostPlan.
     Behind the batch's rows they say "nothing here": limit 0, group 0, target -1.
-    `tiles` int32 [n, 4]: kind, first token, tokens, 0: runs of at most TOKEN_TILE tokens of one kind; kind -1
+    `tiles` int32 [n, 4]: kind, first token, tokens, 0: runs of at most TILE_TOKENS tokens of one kind; kind -1
     behind the last.
     In the order of the tokens, int32 [T]:
     `row`: the token's row. `source`: where its feature row begins in `raw`, in bytes.

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from mtserve import _core
-from mtserve.engine.batch import TOKEN_TILE, BatchArrays, BatchPlan, BatchSize, tile_capacity
+from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize, tile_capacity
 from mtserve.engine.job import Job
 from mtserve.engine.scheduler import Slot
 from mtserve.engine.tiers import Reservation
+from mtserve.kernels.token_embedding.batch import TILE_TOKENS
 from mtserve.model.ranking import RankingModel
 from mtserve.model.tokeniser import GAP_THRESHOLDS_MS
 
@@ -34,7 +35,7 @@ class Planner:
             self._users,
             *self._row_bytes,
             page_tokens=page_tokens,
-            tile_tokens=TOKEN_TILE,
+            tile_tokens=TILE_TOKENS,
             full_attention=model.config.static_attention == "full",
             plain_norm=model.config.norm == "plain",
             gap_thresholds=GAP_THRESHOLDS_MS,

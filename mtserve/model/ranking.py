@@ -11,10 +11,11 @@ from torch import nn
 from mtserve.config import ModelConfig
 from mtserve.kernels.backend import Kernels
 from mtserve.kernels.plan import KernelPlan
+from mtserve.kernels.token_embedding.reference import HOURS_OF_WEEK
 from mtserve.model.embedding import HashedTables
 from mtserve.model.hstu import HSTULayer
 from mtserve.model.schema import FeatureSchema
-from mtserve.model.tokeniser import GAP_BUCKETS, HOURS_OF_WEEK, Array, KindTokens, TokenInputs, Tokeniser, hours_of_week
+from mtserve.model.tokeniser import GAP_BUCKETS, Array, KindTokens, TokenInputs, Tokeniser, hours_of_week
 
 GROUP_U, GROUP_S, GROUP_R, GROUP_C = range(4)
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
+from mtserve.kernels.token_embedding.reference import HOUR_MS, HOURS_OF_WEEK
 from mtserve.model.embedding import HashedTables
 from mtserve.model.schema import Feature
 from mtserve.types import Rows
@@ -25,8 +26,6 @@ from mtserve.types import Rows
 Array: TypeAlias = npt.NDArray[Any]
 
 GAP_BUCKETS = 64
-HOURS_OF_WEEK = 168
-_HOUR_MS = 3_600_000
 
 
 def _gap_threshold(bucket: int) -> int:
@@ -45,7 +44,7 @@ def gap_buckets(gap_ms: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
 
 def hours_of_week(time_ms: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """int64 [n] in [0, 168), UTC; hour 0 is where 1 January 1970 began."""
-    return time_ms // _HOUR_MS % HOURS_OF_WEEK
+    return time_ms // HOUR_MS % HOURS_OF_WEEK
 
 
 @dataclass(frozen=True)

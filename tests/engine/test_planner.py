@@ -22,13 +22,14 @@ from small_models import (
 )
 
 from mtserve import _core
-from mtserve.engine.batch import TOKEN_TILE, BatchArrays, BatchPlan, BatchSize
+from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize
 from mtserve.engine.job import Job, make_job
 from mtserve.engine.planner import Planner
 from mtserve.engine.scheduler import Slot
 from mtserve.engine.sequence import SequenceBuilder
 from mtserve.engine.tiers import Reservation
 from mtserve.errors import InvalidArgument
+from mtserve.kernels.token_embedding.batch import TILE_TOKENS
 from mtserve.model.mask import visible
 from mtserve.model.ranking import RankingModel
 from mtserve.model.schema import Feature, FeatureSchema
@@ -212,8 +213,8 @@ def check_kinds(case: Case, plan: BatchPlan, ordered: list[Token]) -> None:
         first = plan.first_token[kind]
         assert plan.first_token[kind + 1] - first == len(tokens)
         assert ordered[first : first + len(tokens)] == tokens
-        cuts = range(0, len(tokens), TOKEN_TILE)
-        mine = [(kind, first + cut, min(TOKEN_TILE, len(tokens) - cut), 0) for cut in cuts]
+        cuts = range(0, len(tokens), TILE_TOKENS)
+        mine = [(kind, first + cut, min(TILE_TOKENS, len(tokens) - cut), 0) for cut in cuts]
         assert mine == [tile for tile in tiles if tile[0] == kind]
         assert inputs.kinds[kind].features.tobytes() == b"".join(token.feature_row for token in tokens)
         assert inputs.kinds[kind].destinations.tolist() == [token.row for token in tokens]
@@ -339,7 +340,7 @@ def core_arguments() -> dict[str, Any]:
 
 def core_layout(**changes: Any) -> Any:
     shape = {"users": 1, "user_bytes": 4, "behaviour_bytes": 12, "candidate_bytes": 28, "page_tokens": 4}
-    flags = {"tile_tokens": TOKEN_TILE, "full_attention": True, "plain_norm": False}
+    flags = {"tile_tokens": TILE_TOKENS, "full_attention": True, "plain_norm": False}
     return _core._BatchLayout(**{**shape, **flags, "gap_thresholds": GAP_THRESHOLDS_MS, **changes})
 
 
