@@ -1,0 +1,10 @@
+// What csrc/transfer adds to mtserve._core.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace mtserve {
+
+void bind_host_memory(nanobind::module_& module);
+
+}  // namespace mtserve
