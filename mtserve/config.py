@@ -154,12 +154,26 @@ class EngineConfig(Config):
     host_cache: str = option(
         "1GiB", "states in host memory, pinned on cuda: bytes, or a share of available memory; 0 turns the tier off"
     )
+    restore: str = option(
+        "auto",
+        "how states that only the host has come back: load, or auto: by whichever is expected to be sooner, loading or "
+        "encoding them again",
+        choices=("auto", "load"),
+    )
+    host_pinning: str = option(
+        "background",
+        "when host memory is pinned on cuda: while the server already serves, or before it does (wait)",
+        choices=("background", "wait"),
+    )
     write_back_idle_ms: int = option(
         100,
         "full pages are saved to the host at once; a partly filled one when its user has been idle for so long",
         low=0,
         high=3_600_000,
         unit="ms",
+    )
+    write_back_queue: str = option(
+        "1GiB", "states on their way to the host at once; more wait on the device: bytes, or a share of gpu_cache"
     )
     page_tokens: int = option(64, "tokens of a page", low=1, high=1024, unit="tokens")
     policy: str = option("lru", "which users lose their states first", choices=("lru",))
@@ -181,7 +195,7 @@ class EngineConfig(Config):
     )
     chaos: str = option(
         "",
-        "make copies between the tiers fail or come late, at random: 'fail=SHARE,slow=SHARE:TIME,seed=N' (tests)",
+        "make copies between the tiers fail or come late, at random: 'fail=SHARE,slow=SHARE:TIME,pin=SHARE,seed=N' (tests)",
     )
     poison_pages: bool = option(False, "fill fresh and freed pages with NaN (tests)")
 

@@ -18,6 +18,7 @@ BUCKETS_PER_DOUBLING = 35
 
 TIERS = ("gpu", "host", "encoded")
 SOURCES = ("gpu", "host", "cold")
+GROUPS = ("0", "1", "2", "3")  # of layers, in the order in which a load brings them
 REASONS = ("queue_full", "invalid", "not_found", "draining")
 CODES = (
     "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND",
@@ -75,12 +76,17 @@ TABLE: tuple[Family, ...] = (
     _counter("stores_total", "GPU to host copies completed"),
     _counter("loads_failed_total", "host to GPU copies that failed; their tokens were encoded again"),
     _counter("stores_failed_total", "GPU to host copies that failed; their pages were not kept on the host"),
+    _counter("batches_over_loads_total", "batches begun while pages of theirs were still on their way from the host"),
+    _counter("load_wait_seconds_total", "by group of layers: seconds from the start of such a batch until its pages had come", "group", GROUPS),
+    _counter("write_backs_deferred_total", "times that GPU to host copies began to wait because too many were under way"),
+    _counter("loads_declined_total", "prefixes encoded again because that was expected to be sooner than loading them"),
     _counter("load_bytes_total", "bytes copied host to GPU"),
     _counter("store_bytes_total", "bytes copied GPU to host"),
     _histogram("load_seconds", "one host to GPU copy from submission to its end being noticed, in seconds", -20, 8),
     _histogram("store_seconds", "one GPU to host copy from submission to its end being noticed, in seconds", -20, 8),
     _histogram("return_seconds", "eviction of a user's GPU pages to loading or encoding them again, in seconds", -10, 22),
     _counter("evicted_pages_total", "pages evicted, by tier", "tier", ("gpu", "host")),
+    _counter("evicted_unsaved_pages_total", "pages evicted from the GPU with states that the host did not have"),
     _gauge("pages_in_use", "pages holding states, by tier", "tier", ("gpu", "host")),
     _gauge("pages_capacity", "pages a tier can hold", "tier", ("gpu", "host")),
     _counter("prefetches_total", "prefetches asked for, hints of appends included"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from mtserve.errors import TransferFailed
 from mtserve.history.store import HistoryStore
 from mtserve.model.ranking import RankingModel
 from mtserve.model.reference import recompute
-from mtserve.transfer.mover import Fault, Finished, Mover, SyncMover
+from mtserve.transfer.mover import LOAD, Arrivals, Fault, Finished, Mover, SyncMover
 from mtserve.types import History, Request, Rows, ScoreResult
 
 TOLERANCE = 1e-5
@@ -41,12 +41,28 @@ class FakeClock:
         return self.now
 
 
-class DelayedMover(SyncMover):
-    """Copies that end when told to. `late` copies bytes at the end, otherwise at the start: both are allowed."""
+@dataclass(frozen=True)
+class DelayedArrivals:
+    """Loads that end when a batch over them asks for their bytes."""
 
-    def __init__(self, old: Mover, late: bool, fault: Fault | None = None) -> None:
+    mover: DelayedMover
+    tickets: frozenset[int]
+
+    def wait(self) -> None:
+        self.mover.release_loads(self.tickets)
+
+
+class DelayedMover(SyncMover):
+    """Copies that end when told to. `late` copies bytes at the end, otherwise at the start: both are allowed.
+
+    `near_loads`: batches may begin over loads under way, whose bytes come, or fail to, when the batch waits for them.
+    """
+
+    def __init__(self, old: Mover, late: bool, fault: Fault | None = None, *, near_loads: bool = False) -> None:
         super().__init__(old.pool, old.arena, fault)
-        self.late = late
+        self.late, self.near_loads = late, near_loads
+        self.overlapped = 0
+        self.load_seconds = 0.0  # expected of every load: above what encoding takes, none is begun
         self.jobs: list[tuple[str, Copy, TransferFailed | None]] = []
         self.ended: list[Finished] = []
         self.submitted: list[str] = []
@@ -56,18 +72,33 @@ class DelayedMover(SyncMover):
             pages = (each.gpu_pages.copy(), each.host_pages.copy())
             copy = Copy(each.ticket, each.user, *pages, each.first_token, each.tokens)
             self.submitted.append(kind)
-            self.jobs.append((kind, copy, None if self.late else self._attempt(kind, copy)))
+            self.jobs.append((kind, copy, None if self.late else self.attempt(kind, copy)))
 
     def release(self, index: int = 0) -> None:
         """End one job, by default the oldest."""
         kind, copy, error = self.jobs.pop(index)
         if self.late:
-            error = self._attempt(kind, copy)
+            error = self.attempt(kind, copy)
         self.ended.append(Finished(kind, copy.ticket, error))
 
     def release_all(self) -> None:
         while self.jobs:
             self.release()
+
+    def release_loads(self, tickets: frozenset[int]) -> None:
+        for kind, under_way, _ in list(self.jobs):
+            if kind == LOAD and under_way.ticket in tickets:
+                self.release([(job[0], job[1].ticket) for job in self.jobs].index((LOAD, under_way.ticket)))
+
+    def load_s(self, size: int) -> float:
+        return self.load_seconds
+
+    def near(self, ticket: int) -> bool:
+        return self.near_loads and any((kind, copy.ticket) == (LOAD, ticket) for kind, copy, _ in self.jobs)
+
+    def arrivals(self, tickets: Collection[int]) -> DelayedArrivals:
+        self.overlapped += 1
+        return DelayedArrivals(self, frozenset(tickets))
 
     def poll(self) -> list[Finished]:
         ended, self.ended = self.ended, []
@@ -134,8 +165,11 @@ class OverlappingRunner:
     def room(self, size: BatchSize) -> BatchArrays:
         return self.runner.room(size)
 
-    def start(self, plan: BatchPlan) -> PendingBatch:
-        return self.runner.start(plan)
+    def start(self, plan: BatchPlan, arrivals: Arrivals | None = None) -> PendingBatch:
+        return self.runner.start(plan, arrivals)
+
+    def settle(self) -> None:
+        self.runner.settle()
 
     def stats(self) -> dict[str, Any]:
         return self.runner.stats()
@@ -269,8 +303,8 @@ class World:
         core._make_runner = lambda model: OverlappingRunner(make(model))  # type: ignore[method-assign]
         core._runner = OverlappingRunner(core._runner)
 
-    def delay_copies(self, late: bool = True, fault: Fault | None = None) -> DelayedMover:
-        mover = DelayedMover(self.tiers.mover, late, fault)
+    def delay_copies(self, late: bool = True, fault: Fault | None = None, near_loads: bool = False) -> DelayedMover:
+        mover = DelayedMover(self.tiers.mover, late, fault, near_loads=near_loads)
         self.tiers.mover = mover
         return mover
 

@@ -1,11 +1,20 @@
-// Which page ids of one tier are free. A 64-ary tree of bitmaps: taking the first free id at or
-// after a hint and giving one back both cost one step per level (four levels for 2^24 pages).
+// Which page ids of one tier are free, given out so that an owner's pages come in runs of neighbours:
+// the copy engine moves a run as one piece, and reaches its rate only with pieces of some MiB.
+//
+// The pages lie in blocks of kRunPages, each with a bit mask of its free pages, and the blocks in bins by the
+// length of their longest free run. Small histories fill small holes, so that whole blocks stay whole for
+// long ones; yet any owner may have any free page. A block's bin is all that is ever searched, so the cost
+// depends on neither the number of pages nor how long the allocator has been in use.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
 namespace mtserve {
+
+// With pages near 1 MiB a run is far beyond what the copy engine needs; larger blocks would seldom be wholly free.
+constexpr int32_t kRunPages = 16;
 
 class PageAllocator {
 public:
@@ -15,10 +24,16 @@ public:
     int32_t free() const { return free_; }
     bool is_free(int32_t page) const;
 
-    // The first free page at or after `hint`, else the lowest free one. Passing the user's last
-    // page + 1 makes neighbours in the history neighbours in memory. -1 when none is free.
-    int32_t take(int32_t hint);
+    // Appends `count` free pages, or all there are if fewer, to the owner's pages, which are in the order of its
+    // history. Neighbours of the last page come first; then runs with room for as many pages as the owner has,
+    // up to a block, so that its runs lengthen as its history grows page by page.
+    void take(int64_t count, std::vector<int32_t>& owned);
+
+    // Throws CorruptState when the page is free already.
     void release(int32_t page);
+
+    // Adds so many free pages behind the last; at most 2^31 - 1 in all.
+    void grow(int64_t pages);
 
     // Ids released since the last drain, each once, also when taken again meanwhile.
     // Always empty unless constructed with track_freed.
@@ -27,13 +42,26 @@ public:
     void check() const;
 
 private:
-    int64_t first_free(int64_t from) const;
-    void set(int64_t page);
-    void clear(int64_t page);
+    struct Block {
+        uint32_t mask;           // a bit a page, 1 = free
+        int32_t previous, next;  // in its bin
+    };
+    struct Bin {
+        int32_t first, last;
+    };
 
-    int32_t total_;
-    int32_t free_;
-    std::vector<std::vector<uint64_t>> levels_;  // levels_[0]: a bit a page, 1 = free; above: word not empty
+    int64_t find_room(int64_t count, int64_t room) const;
+    int32_t shortest_run(int64_t at_least) const;
+    int64_t take_run(int64_t first, int64_t count, std::vector<int32_t>& owned);
+    void set_mask(int32_t block, uint32_t mask);
+    void link(int32_t block);
+    void unlink(int32_t block);
+    int64_t check_bin(int32_t length) const;
+
+    int32_t total_ = 0;
+    int32_t free_ = 0;
+    std::vector<Block> blocks_;
+    std::array<Bin, kRunPages + 1> bins_;  // by the length of the longest free run
     bool track_freed_;
     std::vector<int32_t> freed_;
     std::vector<bool> freed_listed_;

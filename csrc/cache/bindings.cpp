@@ -5,8 +5,11 @@
 #include <algorithm>
 #include <deque>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "../plan/bindings.h"
+#include "../transfer/bindings.h"
 #include "allocator.h"
 #include "buffers.h"
 #include "chain.h"
@@ -96,10 +99,20 @@ nb::object begin_load(Index& index, nb::handle user, nb::handle chain, double no
     return copy_tuple(index.begin_load(user_view(user, "user"), chain_view(buffer, "chain"), now));
 }
 
-nb::list begin_stores(Index& index, nb::sequence users, bool tail, double now) {
+// Stops before the first user that comes after `pages` or more were planned.
+nb::list begin_stores(Index& index, nb::sequence users, bool tail, int64_t pages, double now) {
     const Items items(users, "users");
+    std::vector<std::string_view> names;
+    for (Py_ssize_t i = 0; i < items.size(); ++i) {
+        names.push_back(user_view(items[i], "users"));
+        std::as_const(index).find(names.back());  // refuses what is no user id before anything is begun
+    }
     nb::list plans;
-    for (Py_ssize_t i = 0; i < items.size(); ++i) plans.append(copy_tuple(index.begin_store(user_view(items[i], "users"), tail, now)));
+    for (size_t i = 0; i < names.size() && pages > 0; ++i) {
+        const CopyPlan plan = index.begin_store(names[i], tail, now);
+        pages -= static_cast<int64_t>(plan.gpu_pages.size());
+        plans.append(copy_tuple(plan));
+    }
     return plans;
 }
 
@@ -140,7 +153,7 @@ nb::tuple stats(const Index& index) {
     const IndexStats from = index.stats();
     return nb::make_tuple(tier_stats(from.tier[kGpu]), tier_stats(from.tier[kHost]), from.users, from.detached,
                           from.batches_in_flight, from.loads_in_flight, from.stores_in_flight, from.corrections,
-                          from.invalidated);
+                          from.invalidated, from.unsaved_pages);
 }
 
 constexpr int64_t kLongHash = 1 << 16;  // bytes
@@ -183,6 +196,7 @@ void bind_index(nb::module_& module) {
     nb::class_<Presence>(module, "Presence")
         .def_ro("gpu_tokens", &Presence::gpu_tokens)
         .def_ro("host_tokens", &Presence::host_tokens)
+        .def_ro("arriving_tokens", &Presence::arriving_tokens)
         .def_ro("loading", &Presence::loading)
         .def_ro("in_batch", &Presence::in_batch);
     nb::class_<Index>(module, "Index")
@@ -193,10 +207,19 @@ void bind_index(nb::module_& module) {
         .def("survey", &survey, "users"_a, "chains"_a)
         .def("_busy", &busy, "user"_a)
         .def("_begin_batch", &begin_batch, "users"_a, "chains"_a, "cached"_a, "stored"_a, "page_table"_a, "now"_a)
-        .def("end_batch", &Index::end_batch, "ticket"_a, "success"_a)
+        .def("end_batch",
+             [](Index& index, Ticket ticket, bool success) {
+                 nb::list users;
+                 for (const std::string& user : index.end_batch(ticket, success)) users.append(user);
+                 return users;
+             },
+             "ticket"_a, "success"_a)
         .def("_begin_load", &begin_load, "user"_a, "chain"_a, "now"_a)
         .def("end_load", &Index::end_load, "ticket"_a, "success"_a)
-        .def("_begin_stores", &begin_stores, "users"_a, "tail"_a, "now"_a)
+        .def("_begin_stores", &begin_stores, "users"_a, "tail"_a, "pages"_a, "now"_a)
+        .def("unsaved_tokens", [](const Index& index, nb::handle user) { return index.unsaved_tokens(user_view(user, "user")); },
+             "user"_a)
+        .def("grow_host", &Index::grow_host, "pages"_a)
         .def("end_store", &Index::end_store, "ticket"_a, "success"_a)
         .def("_touch", &touch, "users"_a, "now"_a)
         .def("invalidate", [](Index& index, nb::handle user) { return index.invalidate(user_view(user, "user")); }, "user"_a)
@@ -221,7 +244,18 @@ void bind_allocator(nb::module_& module) {
         .def_prop_ro("total", &PageAllocator::total)
         .def_prop_ro("free", &PageAllocator::free)
         .def("is_free", &PageAllocator::is_free, "page"_a)
-        .def("take", &PageAllocator::take, "hint"_a = 0)
+        .def("take",
+             [](PageAllocator& allocator, int64_t count, nb::sequence held) {
+                 const Items items(held, "held");
+                 std::vector<int32_t> owned(static_cast<size_t>(items.size()));
+                 for (Py_ssize_t i = 0; i < items.size(); ++i)
+                     if (!nb::try_cast(items[i], owned[i])) throw invalid_argument("held", "needs int32 page ids");
+                 allocator.take(count, owned);
+                 nb::list taken;
+                 for (size_t i = static_cast<size_t>(items.size()); i < owned.size(); ++i) taken.append(owned[i]);
+                 return taken;
+             }, "count"_a, "held"_a = nb::make_tuple())
+        .def("grow", &PageAllocator::grow, "pages"_a)
         .def("release", &PageAllocator::release, "page"_a)
         .def("_drain_freed", [](PageAllocator& allocator) { return page_bytes(allocator.drain_freed()); })
         .def("check", &PageAllocator::check);
@@ -244,4 +278,5 @@ NB_MODULE(_core, module) {
     bind_index(module);
     bind_attention_work(module);
     bind_batch_layout(module);
+    bind_host_memory(module);
 }

@@ -44,6 +44,7 @@ IndexStats Index::stats() const {
     stats.stores_in_flight = static_cast<int64_t>(copies_[kHost].size());
     stats.corrections = corrections_;
     stats.invalidated = invalidated_;
+    stats.unsaved_pages = unsaved_pages_;
     return stats;
 }
 
@@ -68,7 +69,7 @@ void Index::check() const {
 void Index::check_entry(const Entry& entry, std::array<std::vector<bool>, 2>& owned) const {
     const auto at = table_.find(entry.user);
     require((at != table_.end() && at->second == &entry) == entry.live, "table", "live and findable disagree" + of(entry));
-    require(!(entry.load && (entry.batch || entry.store)), "tickets", "a load shares its user with other work" + of(entry));
+    require(!(entry.load && entry.store), "tickets", "a load shares its user with a store" + of(entry));
     require(entry.pinned() || (entry.live && !entry.empty()), "entries", "should have vanished" + of(entry));
     const size_t longest = std::max(entry.on[kGpu].tokens, entry.on[kHost].tokens);
     require(entry.chain.size() == longest, "chain", std::to_string(entry.chain.size()) + " long for " + std::to_string(longest) +
@@ -147,7 +148,8 @@ void Index::sabotage(const std::string& what) {
         throw invalid_argument("what", "sabotage needs a first user with GPU pages");
     Entry& entry = *entries_[live.front()->slot];
     Holding& gpu = entry.on[kGpu];
-    if (what == "leaked page") tiers_[kGpu].allocator.take(0);
+    std::vector<int32_t> leaked;
+    if (what == "leaked page") tiers_[kGpu].allocator.take(1, leaked);
     else if (what == "shared page") gpu.pages.back() = gpu.pages.front();
     else if (what == "freed page") tiers_[kGpu].allocator.release(gpu.pages.back());
     else if (what == "foreign page") gpu.pages.back() = tiers_[kGpu].allocator.total();

@@ -48,8 +48,7 @@ void Index::acquire(Entry& entry, Tier tier, int32_t pages, double now) {
     PageAllocator& allocator = tiers_[tier].allocator;
     const int64_t missing = static_cast<int64_t>(pages) - static_cast<int64_t>(held.size());
     if (missing > allocator.free()) evict(tier, missing - allocator.free(), now);
-    for (int64_t left = std::min<int64_t>(missing, allocator.free()); left > 0; --left)
-        held.push_back(allocator.take(held.empty() ? 0 : held.back() + 1));
+    allocator.take(missing, held);
     list(entry, tier, now);
 }
 
@@ -65,10 +64,18 @@ void Index::evict(Tier tier, int64_t shortfall, double now) {
     }
 }
 
+// GPU pages from `kept` on with tokens that the host does not have.
+int64_t Index::unsaved(const Entry& entry, int64_t kept) const {
+    const int32_t tokens = entry.on[kGpu].tokens, on_host = entry.on[kHost].tokens;
+    const int64_t saved = on_host >= tokens ? pages_for(tokens) : on_host / page_tokens_;
+    return std::max<int64_t>(0, pages_for(tokens) - std::max(kept, saved));
+}
+
 // What stays is still a prefix, so the user's next request saves what it covers.
 void Index::evict_tail(Entry& victim, Tier tier, int32_t pages, double now) {
     Holding& holding = victim.on[tier];
     const int64_t kept = static_cast<int64_t>(holding.pages.size()) - pages;
+    if (tier == kGpu) unsaved_pages_ += unsaved(victim, kept);
     set_tokens(victim, tier, static_cast<int32_t>(std::min<int64_t>(holding.tokens, kept * page_tokens_)));
     settle(victim, tier);
     fit_chain(victim);

@@ -58,8 +58,9 @@ Presence Index::presence(std::string_view user, ChainView chain) const {
     const Entry* entry = find(user);
     if (!entry) return {};
     const int32_t shared = common_prefix(entry->view(), chain);
-    return {std::min(entry->on[kGpu].tokens, shared), std::min(entry->on[kHost].tokens, shared), entry->load != 0,
-            entry->batch != 0};
+    const int32_t arriving = entry->load ? copies_[kGpu].at(entry->load).tokens : 0;
+    return {std::min(entry->on[kGpu].tokens, shared), std::min(entry->on[kHost].tokens, shared), std::min(arriving, shared),
+            entry->load != 0, entry->batch != 0};
 }
 
 // ---- batches
@@ -97,7 +98,6 @@ std::vector<Entry*> Index::admit(const std::vector<BatchItem>& items, int32_t wi
         const bool repeated = entry ? entry->named == ticket : !strangers.insert(user).second;
         if (repeated) throw invalid_argument(nth("users", i), "is in the batch twice");
         if (entry && entry->batch) throw failed_precondition(nth("users", i), "is in a batch in flight");
-        if (entry && entry->load) throw failed_precondition(nth("users", i), "has a load in flight");
         if (entry) entry->named = ticket;
         entries.push_back(entry);
     }
@@ -112,12 +112,13 @@ void Index::correct(Entry& entry, ChainView chain) {
     for (Tier tier : kTiers) set_tokens(entry, tier, std::min(entry.on[tier].tokens, shared));
     if (entry.on[kGpu].tokens == shared) entry.lost.reset();  // what was evicted is void: nobody will want it
     fit_chain(entry);
-    if (entry.store) {
-        Copy& store = copies_[kHost].at(entry.store);
-        store.tokens = std::min(store.tokens, shared);
-    } else {
+    for (Tier to : kTiers)
+        if (const Ticket open = to == kGpu ? entry.load : entry.store) {
+            Copy& copy = copies_[to].at(open);
+            copy.tokens = std::min(copy.tokens, shared);
+        }
+    if (!entry.pinned())
         for (Tier tier : kTiers) settle(entry, tier);
-    }
 }
 
 void Index::plan_member(Batch& batch, Entry& entry, ChainView chain, const BatchPlan& plan, size_t row, double now) {
@@ -127,7 +128,8 @@ void Index::plan_member(Batch& batch, Entry& entry, ChainView chain, const Batch
     const auto& pages = entry.on[kGpu].pages;
     const int64_t room = static_cast<int64_t>(pages.size()) * page_tokens_;
     const int32_t stored = static_cast<int32_t>(std::min<int64_t>(room, chain.size));
-    plan.cached[row] = std::min(entry.on[kGpu].tokens, chain.size);
+    const int32_t present = std::max(entry.on[kGpu].tokens, entry.load ? copies_[kGpu].at(entry.load).tokens : 0);
+    plan.cached[row] = std::min(present, chain.size);
     plan.stored[row] = stored;
     if (plan.cached[row] < chain.size) note_return(entry, now);
     int32_t* ids = plan.page_table + row * static_cast<size_t>(plan.width);
@@ -135,23 +137,29 @@ void Index::plan_member(Batch& batch, Entry& entry, ChainView chain, const Batch
 
     const size_t begin = batch.tails.size();
     if (stored > entry.view().size) batch.tails.insert(batch.tails.end(), chain.data + entry.chain.size(), chain.data + stored);
-    batch.members.push_back({&entry, stored, begin, batch.tails.size()});
+    batch.members.push_back({&entry, stored, begin, batch.tails.size(), true});
 }
 
-void Index::end_batch(Ticket ticket, bool success) {
+std::vector<std::string> Index::end_batch(Ticket ticket, bool success) {
     const auto at = batches_.find(ticket);
     if (at == batches_.end()) throw not_open("batch", ticket, next_ticket_);
+    if (success)
+        for (const Member& member : at->second.members)
+            if (member.entry->load) throw failed_precondition("ticket", "a load that the batch was begun over is still open");
     const Batch batch = std::move(at->second);
     batches_.erase(at);
+    std::vector<std::string> spoiled;
     for (const Member& member : batch.members) {
         Entry& entry = *member.entry;
-        if (success && entry.live) {
+        if (success && member.good && entry.live) {
             entry.chain.insert(entry.chain.end(), batch.tails.begin() + member.tail_begin, batch.tails.begin() + member.tail_end);
             set_tokens(entry, kGpu, std::max(entry.on[kGpu].tokens, member.stored));
         }
+        if (!member.good) spoiled.push_back(entry.user);
         entry.batch = 0;
         unpin(entry);
     }
+    return spoiled;
 }
 
 // ---- copies between the tiers
@@ -176,6 +184,11 @@ CopyPlan Index::begin_store(std::string_view user, bool tail, double now) {
     if (!entry || entry->load || entry->store) return {};
     const int32_t tokens = entry->on[kGpu].tokens;
     return begin_copy(*entry, kHost, tail ? tokens : tokens / page_tokens_ * page_tokens_, now);
+}
+
+int32_t Index::unsaved_tokens(std::string_view user) const {
+    const Entry* entry = find(user);
+    return entry ? std::max(0, entry->on[kGpu].tokens - entry->on[kHost].tokens) : 0;
 }
 
 // Plans the copy of tokens [what `to` has, target) into `to`, shortened to the room that can be had.
@@ -211,6 +224,9 @@ void Index::end_copy(Tier to, Ticket ticket, bool success) {
     Entry& entry = *copy.entry;
     (to == kGpu ? entry.load : entry.store) = 0;
     if (success && entry.live) set_tokens(entry, to, std::max(entry.on[to].tokens, copy.tokens));
+    if (!success && to == kGpu && entry.batch)
+        for (Member& member : batches_.at(entry.batch).members)
+            if (member.entry == &entry) member.good = false;
     unpin(entry);
 }
 

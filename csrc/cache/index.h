@@ -7,20 +7,23 @@
 // Who owns what while a ticket of the user is open (P: what the user's entry holds as committed prefix):
 //
 //   open ticket | reads                     | writes                          | meanwhile allowed
-//   batch       | GPU P                     | GPU tokens [cached, stored)     | store
-//   load        | host P                    | GPU tokens [gpu P, target)      | -
+//   batch       | GPU P, a load's target    | GPU tokens [cached, stored)     | store
+//   load        | host P                    | GPU tokens [gpu P, target)      | batch begun after it
 //   store       | GPU [host P, gpu P)       | host tokens [host P, target)    | batch
 //
 //   - Any open ticket pins the entry on both tiers: eviction passes it by.
 //   - Committed pages are "used". Pages held beyond ceil(tokens / page_tokens) are "in flight"; they go
 //     back when the entry's last ticket ends, so no open job ever sees a page of its own reassigned.
 //   - A load or store overwrites the destination's half-filled tail page from its twin in the other tier.
-//     The tokens already valid there get the same states again, and nobody else reads that page: a load
-//     excludes batches and stores, and a store excludes loads, the only readers of host pages.
+//     The tokens already valid there get the same states again, and nobody else reads that page: no load
+//     begins beside a batch or a store, and a store excludes loads, the only readers of host pages.
+//   - batch + load: a batch may begin over a load in flight and counts its target as cached; whoever runs
+//     the batch lets it wait for the load's bytes before it reads or writes those pages. The load ends first.
+//     Where it fails, the batch publishes nothing of that user.
 //   - batch + store: the batch writes GPU tokens at and beyond the committed prefix, the store publishes
 //     only tokens below it; a tail page copied while the batch fills it is copied again by the next store.
-//   - A correction (begin_batch with a chain that differs at token L) during a store: the batch rewrites
-//     GPU tokens from L on, perhaps under the store's reads, so the store's target falls to at most L.
+//   - A correction (begin_batch with a chain that differs at token L) during a copy: the batch rewrites
+//     GPU tokens from L on, perhaps under a store's reads, so the copy's target falls to at most L.
 //   - invalidate: the entry leaves the table at once with nothing committed ("detached"); its tickets still
 //     hold its pages, publish nothing, and the last end_* frees them. A new entry of the user is independent.
 //
@@ -77,6 +80,7 @@ struct Match {
 // A match and what may change it: the user's open tickets that a reader of the device's states waits for.
 struct Presence {
     int32_t gpu_tokens = 0, host_tokens = 0;
+    int32_t arriving_tokens = 0;  // on the GPU once the load in flight has succeeded; 0 without one
     bool loading = false, in_batch = false;
 };
 
@@ -108,7 +112,7 @@ struct TierStats {
 struct IndexStats {
     TierStats tier[2];
     int64_t users = 0, detached = 0, batches_in_flight = 0, loads_in_flight = 0, stores_in_flight = 0;
-    int64_t corrections = 0, invalidated = 0;
+    int64_t corrections = 0, invalidated = 0, unsaved_pages = 0;
 };
 
 class Index {
@@ -120,10 +124,13 @@ public:
     const Entry* find(std::string_view user) const;
 
     Ticket begin_batch(const std::vector<BatchItem>& items, const BatchPlan& plan, double now);
-    void end_batch(Ticket ticket, bool success);
+    // Returns the users of whom nothing was published because a load that the batch was begun over had failed.
+    std::vector<std::string> end_batch(Ticket ticket, bool success);
     CopyPlan begin_load(std::string_view user, ChainView chain, double now);
     void end_load(Ticket ticket, bool success);
     CopyPlan begin_store(std::string_view user, bool tail, double now);  // without `tail` full pages only
+    int32_t unsaved_tokens(std::string_view user) const;  // on the GPU and not on the host
+    void grow_host(int64_t pages) { tiers_[kHost].allocator.grow(pages); }
     void end_store(Ticket ticket, bool success);
 
     // Counts as a use of the user's states in both tiers, so that others are evicted first.
@@ -158,6 +165,7 @@ private:
         Entry* entry;
         int32_t stored;
         size_t tail_begin, tail_end;  // what success appends to the chain, in Batch::tails
+        bool good;                    // false once a load that it was begun over has failed
     };
     struct Batch {
         std::vector<Member> members;
@@ -183,6 +191,7 @@ private:
     void acquire(Entry& entry, Tier tier, int32_t pages, double now);
     void evict(Tier tier, int64_t shortfall, double now);
     void evict_tail(Entry& victim, Tier tier, int32_t pages, double now);
+    int64_t unsaved(const Entry& entry, int64_t kept) const;
     void note_return(Entry& entry, double now);
     void touch(Entry& entry, double now);
     void list(Entry& entry, Tier tier, double now);
@@ -206,6 +215,7 @@ private:
     Copies copies_[2];  // by destination: loads to kGpu, stores to kHost
     std::vector<double> returns_;
     int64_t detached_ = 0, corrections_ = 0, invalidated_ = 0;
+    int64_t unsaved_pages_ = 0;  // evicted from the GPU with tokens that the host did not have
 };
 
 }  // namespace mtserve

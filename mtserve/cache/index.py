@@ -25,6 +25,7 @@ from mtserve.types import Chain, Clock
 __all__ = ["Busy", "IndexStats", "Load", "Match", "Presence", "Store", "TierStats", "TieredIndex"]
 
 PageIds = npt.NDArray[np.int32]
+MAX_PAGES = 2**31 - 1
 
 
 class Busy(NamedTuple):
@@ -92,6 +93,7 @@ class IndexStats(NamedTuple):
     stores_in_flight: int
     corrections: int  # histories found to differ from what the states were computed from
     invalidated: int
+    unsaved_pages: int  # evicted from the GPU since the start with tokens that the host did not have
 
 
 class TieredIndex(_core.Index):
@@ -101,13 +103,16 @@ class TieredIndex(_core.Index):
     `lookup(user, chain) -> Match`: tokens of `chain`'s prefix that each tier holds; changes nothing.
     `survey(users, chains) -> [Presence]`: the same for many at once, with whether a load or a batch of the
     user is under way; a user may come more than once.
+    `end_batch` returns the users of whom nothing was made findable, because a load that the batch was begun over failed.
     `end_batch | end_load | end_store(ticket, success)`: FailedPrecondition, and no change, when the
-    ticket is not open (ended twice, or of another kind).
+    ticket is not open (ended twice, or of another kind), or a batch succeeds before a load that it was begun over ended.
     `invalidate(user) -> bool`, `invalidate_all() -> int`: unfindable at once; pages in use are freed
     when their last ticket ends, which publishes nothing.
     `users() -> [(user, gpu_tokens, host_tokens)]`: a snapshot of everything findable.
     `drain_returns() -> [float]`: seconds from an eviction of a user's GPU pages to the `begin_batch` or `begin_load`
     that wanted them again, one for each since the last call; none of users whom both tiers had forgotten.
+    `unsaved_tokens(user) -> int`: tokens that the user has on the GPU and not on the host.
+    `grow_host(pages)`: that many more pages in the host tier.
     `check()`: walks everything; CorruptState names the first broken invariant.
 
     A user id is 1 to 256 bytes of UTF-8, a chain uint64 [tokens] of at most 2^24; InvalidArgument otherwise.
@@ -146,8 +151,12 @@ class TieredIndex(_core.Index):
         All int32, C-contiguous. Room is made by evicting tail pages of users not in flight, no more
         than needed. A history that differs from what is cached cuts the user back to what is still true.
 
-        Raises InvalidArgument (a user twice, a chain longer than W pages) or FailedPrecondition (a user
-        in another batch, or loading) before anything changed. A store in flight is no obstacle.
+        A load in flight counts as done: the caller's work on that user's pages waits for the load's bytes, the load
+        ends before the batch, and where it fails the batch makes none of that user's states findable.
+        A store in flight is no obstacle.
+
+        Raises InvalidArgument (a user twice, a chain longer than W pages) or FailedPrecondition (a user in another
+        batch) before anything changed.
         """
         return self._begin_batch(users, chains, cached, stored, page_table, self._clock())
 
@@ -170,12 +179,18 @@ class TieredIndex(_core.Index):
         None when there is nothing to save, a load or store of the user is open, or there is no room at all.
         A batch in flight is no obstacle: it writes only behind what is stored.
         """
-        return next(iter(self.begin_stores([user], tail)), None)
+        return next(iter(self.begin_stores([user], tail)[0]), None)
 
-    def begin_stores(self, users: Sequence[str], tail: bool = True) -> list[Store]:
-        """`begin_store` of many, without those that it is None for."""
-        plans = self._begin_stores(users, tail, self._clock())
-        return [_copy(Store, user, plan) for user, plan in zip(users, plans, strict=True) if plan is not None]
+    def begin_stores(
+        self, users: Sequence[str], tail: bool = True, pages: int = MAX_PAGES
+    ) -> tuple[list[Store], Sequence[str]]:
+        """`begin_store` of one user after the other until `pages` or more are planned.
+
+        The plans, without those that are None; and the users who were not asked.
+        """
+        plans = self._begin_stores(users, tail, pages, self._clock())
+        stores = [_copy(Store, user, plan) for user, plan in zip(users, plans, strict=False) if plan is not None]
+        return stores, users[len(plans) :]
 
     def drain_freed(self, tier: str) -> PageIds:
         """Pages of `tier` ("gpu" or "host") freed since the last call, int32, for tests that poison them.

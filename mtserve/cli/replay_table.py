@@ -12,9 +12,18 @@ from mtserve.trace.agreement import REFERENCE_RATIO
 from mtserve.trace.replay import ReplayResult
 from mtserve.units import format_bytes
 
+PHASES = {
+    "outside": "outside: admitting, mostly",
+    "copies": "copies: index and mover",
+    "planning": "planning: choosing, launching",
+    "device": "device: waiting for a batch",
+    "answers": "answers: publishing, answering",
+    "idle": "idle: asleep",
+}
+
 
 def print_result(console: Console, result: ReplayResult, summary: dict[str, Any]) -> None:
-    """Print what was run, both runs side by side, the cache's work, and the verdict on the scores."""
+    """Print what was run, both runs side by side, the cache's work, where the time went, and the verdict on the scores."""
     console.print()
     for line in _head(result, summary):
         console.print(line, soft_wrap=True)
@@ -24,6 +33,8 @@ def print_result(console: Console, result: ReplayResult, summary: dict[str, Any]
     console.print(_hits(summary))
     console.print()
     console.print(_tiers(summary))
+    console.print()
+    console.print(_time(summary))
     console.print()
     for line in _verdict(result, summary):
         console.print(line, soft_wrap=True)
@@ -52,10 +63,14 @@ def _grid(title: str, *columns: str) -> Table:
     return table
 
 
+def _capped(summary: dict[str, Any]) -> bool:
+    baseline = summary["baseline"]
+    return baseline is not None and baseline["of_requests"] < summary["requests"]
+
+
 def _runs(result: ReplayResult, summary: dict[str, Any]) -> Table:
     baseline = summary["baseline"]
-    capped = baseline is not None and baseline["of_requests"] < summary["requests"]
-    title = f"without (first {baseline['of_requests']:,})" if capped else "without"
+    title = f"without (first {baseline['of_requests']:,})" if _capped(summary) else "without"
     table = _grid("Speed", "", "with cache", title, "ratio")
 
     def row(name: str, ours: float, theirs: float | None, ratio: float | None, digits: int = 1) -> None:
@@ -110,6 +125,30 @@ def _tiers(summary: dict[str, Any]) -> Table:
     if memory["copies_failed"] or summary["chaos"]:
         copies = ((memory[f"{kind}s_failed"], memory[f"{kind}s"]) for kind in ("load", "store"))
         table.add_row("copies in that failed", *(f"{failed:,.0f} of {failed + done:,.0f}" for failed, done in copies))
+    return table
+
+
+def _time(summary: dict[str, Any]) -> Table:
+    table = _grid("Where the time went", "", "with cache, s", "%", "without, s", "%")
+    baseline = summary["baseline"]
+    first = f"; without: the first {baseline['of_requests']:,} requests" if _capped(summary) else ""
+    table.caption = f"% of the wall time; what is under way overlaps, itself and the phases above{first}"
+    table.caption_justify = "left"
+    times = [summary["time"], {} if baseline is None else baseline["time"]]
+
+    def row(name: str, *spent: float | None) -> None:
+        cells: list[str] = []
+        for seconds, time in zip(spent, times, strict=True):
+            cells += ["-", "-"] if seconds is None else [f"{seconds:,.3f}", f"{100 * seconds / time['wall_s']:.1f}"]
+        table.add_row(name, *cells)
+
+    for phase, name in PHASES.items():
+        row(name, *(time["loop"][phase] if time else None for time in times))
+    table.add_section()
+    row("wall time", *(time.get("wall_s") for time in times))
+    table.add_section()
+    for kind, name in (("batches", "batches under way"), ("load", "loads under way"), ("store", "stores under way")):
+        row(name, *(time.get(f"{kind}_s") for time in times))
     return table
 
 

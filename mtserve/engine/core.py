@@ -19,12 +19,14 @@ from mtserve.engine import setup
 from mtserve.engine.answers import count_scored, make_result
 from mtserve.engine.batch import BatchPlan
 from mtserve.engine.job import Job
+from mtserve.engine.memory import Memory
 from mtserve.engine.pace import Pace
 from mtserve.engine.planner import Planner
 from mtserve.engine.runner import BatchRunner, Done, Pending, Runner
 from mtserve.engine.scheduler import Scheduler, Slot
 from mtserve.engine.sequence import SequenceBuilder, UserSequence
-from mtserve.engine.tiers import Reservation, Tiers
+from mtserve.engine.stopwatch import Stopwatch
+from mtserve.engine.tiers import MAX_LOADS, Reservation, Tiers
 from mtserve.errors import CorruptState, FailedPrecondition
 from mtserve.kernels.backend import load_kernels
 from mtserve.metrics import Metrics
@@ -32,7 +34,6 @@ from mtserve.model.ranking import RankingModel
 from mtserve.model.weights import fingerprint
 from mtserve.transfer.chaos import Chaos
 from mtserve.transfer.mover import Fault
-from mtserve.transfer.pool import allocate_arena, allocate_pool
 from mtserve.types import Clock, History, ScoreResult
 
 log = logging.getLogger(__name__)
@@ -46,15 +47,24 @@ class Flight:
     reservation: Reservation | None
     plan: BatchPlan
     pending: Pending
-    began: float
+    began: float  # on the engine's clock
+    launched: float  # on the stopwatch's
 
 
 class Core:
     """Everything between an admitted job and its answer."""
 
     def __init__(
-        self, model: RankingModel, config: EngineConfig, metrics: Metrics, clock: Clock, fault: Fault | None = None
+        self,
+        model: RankingModel,
+        config: EngineConfig,
+        metrics: Metrics,
+        clock: Clock,
+        fault: Fault | None = None,
+        *,
+        background: bool = False,
     ) -> None:
+        """`background`: the host tier may be smaller at first; whoever asks so calls `memory.grow`."""
         self.config = config
         chaos = setup.resolve_chaos(config, fault)
         self.device = setup.resolve_device(config.device)
@@ -63,24 +73,32 @@ class Core:
         self._clock = clock
         self.kernels = setup.resolve_kernels(config, model.config, self.device, self.dtype)
         self._pace = Pace()
+        self.stopwatch = Stopwatch()
         self._flight: Flight | None = None
         self._forgotten: set[str] = set()  # deleted users with requests in the queue
         self._shape = setup.page_shape(model.config, config, self.dtype)
         self.scheduler = Scheduler(config, metrics, static_attention=model.config.static_attention)
-        self.tiers = self._make_tiers(model, fault, chaos) if config.cache == "on" else None
-        self._install(model)
+        self.memory: Memory | None = None
+        self.tiers: Tiers | None = None
+        if config.cache == "on":
+            self.memory = Memory(config, self._shape, self.device, chaos, background=background)
+        try:
+            if self.memory is not None:
+                self.tiers = self._make_tiers(model, self.memory, fault, chaos)
+            self._install(model)
+        except Exception:
+            if self.memory is not None:
+                self.memory.close()  # nobody else will
+            raise
 
-    def _make_tiers(self, model: RankingModel, fault: Fault | None, chaos: Chaos | None) -> Tiers:
-        gpu_pages = setup.device_pages(self.config, self._shape, self.device)
-        host_pages = setup.arena_pages(self.config, self._shape)
-        poison = self.config.poison_pages
-        pool = allocate_pool(self._shape, gpu_pages, self.device, poison=poison)
-        arena = allocate_arena(self._shape, host_pages, pinned=self.device.type == "cuda", poison=poison)
+    def _make_tiers(self, model: RankingModel, memory: Memory, fault: Fault | None, chaos: Chaos | None) -> Tiers:
+        config = self.config
         index = TieredIndex(
-            self.config.page_tokens, gpu_pages, host_pages, self.config.policy, clock=self._clock, track_freed=poison
-        )
-        mover = setup.make_link(pool, arena, self._clock, fault, chaos)
-        return Tiers(index, mover, self.config, self._metrics, self._clock, self._max_prefix(model))
+            config.page_tokens, len(memory.pool), memory.arena.ready, config.policy,
+            clock=self._clock, track_freed=config.poison_pages,
+        )  # fmt: skip
+        mover = setup.make_link(memory.pool, memory.arena, self._clock, fault, chaos)
+        return Tiers(index, mover, config, self._metrics, self._clock, self._max_prefix(model))
 
     def _install(self, model: RankingModel) -> None:
         if model.device != self.device or model.dtype != self.dtype:
@@ -126,26 +144,31 @@ class Core:
 
         Where the runner overlaps, a batch is planned and launched while the one before it runs.
         """
-        now = self._clock()
+        lap, now = self.stopwatch.lap, self._clock()
+        lap("outside")
         self.scheduler.drop_hopeless(now, self._pace.token_s(now))
-        progress = self._finish_copies()
+        progress = self._finish_copies(now)
+        lap("copies")
         slots = self.scheduler.take(self._cached)
         launched = self._launch(slots) if slots else None
+        lap("planning")
         landed = self.land()
         self._flight = launched
         if not self._runner.overlaps:
             self.land()
+        lap("answers")
         if self.tiers is not None:
             self.tiers.write_back()
         self._metrics.set("queue_length", len(self.scheduler))
+        lap("copies")
         return progress or bool(slots) or landed
 
-    def _finish_copies(self) -> bool:
+    def _finish_copies(self, now: float) -> bool:
         """Publish the copies that ended, start the onloads that waiting requests need."""
         if self.tiers is None:
             return False
         ended = self.tiers.finish()
-        self.tiers.onload(self.scheduler.head())
+        self.tiers.onload(self.scheduler.head(), self._pace.token_s(now))
         return self.tiers.finish() + ended > 0
 
     def _cached(self, job: Job) -> int | None:
@@ -162,10 +185,14 @@ class Core:
             # A part that found no pages was planned whole: its jobs, which `take` left queued, are answered now.
             self.scheduler.remove([job for slot in parts if not slot.partial for job in slot.jobs])
             # Nothing to encode and nothing to score: a prefetch that found all of its states.
-            pending = self._runner.start(plan) if plan.tokens else Done(self._no_logits)
-            return Flight(slots, reservation, plan, pending, began)
+            arrivals = None if reservation is None else reservation.arrivals
+            launched = self.stopwatch.lap("planning")
+            pending = self._runner.start(plan, arrivals) if plan.tokens else Done(self._no_logits)
+            self.stopwatch.lap("planning" if self._runner.overlaps else "device")
+            return Flight(slots, reservation, plan, pending, began, launched)
         except Exception as error:
             log.exception("a batch of %d users failed", len(slots))
+            self._runner.settle()  # what it had begun may still write its pages
             self._fail(slots, reservation, error)
             return None
 
@@ -175,11 +202,17 @@ class Core:
         if flight is None:
             return False
         try:
+            self.stopwatch.lap("answers")
             logits = flight.pending.result()
+            self.stopwatch.landed(flight.launched, self.stopwatch.lap("device"))
+            waited = flight.pending.waited()
         except Exception as error:
             log.exception("a batch of %d users failed", len(flight.slots))
             self._fail(flight.slots, flight.reservation, error)
             return True
+        if waited:
+            groups = [("load_wait_seconds_total", each, str(group)) for group, each in enumerate(waited.values())]
+            self._metrics.count_many((("batches_over_loads_total", 1, ""), *groups))
         now = self._clock()
         seconds = now - flight.began
         self._pace.landed(flight.began, now, flight.plan.tokens)
@@ -195,13 +228,17 @@ class Core:
         seconds: float,
     ) -> None:
         """Make the new states findable and answer."""
+        spoiled: list[str] = []
+        if self.tiers is not None and reservation is not None:
+            spoiled = self.tiers.release(reservation, slots, success=True)
+            self._forget_again(slots)
         cached = [0] * len(slots) if reservation is None else reservation.cached.tolist()
         for slot, tokens in zip(slots, cached, strict=True):
+            if slot.user_id in spoiled:
+                self._try_again(slot)
+                continue
             for job in slot.jobs:
                 job.found(tokens)
-        if self.tiers is not None and reservation is not None:
-            self.tiers.release(reservation, slots, success=True)
-            self._forget_again(slots)
         metrics = self._metrics
         metrics.count("batches_total")
         metrics.observe("batch_requests", len(plan.scored))
@@ -210,8 +247,19 @@ class Core:
         scores = 0.5 * (1.0 + np.tanh(0.5 * logits))
         finite = bool(np.isfinite(logits).all())
         now = self._clock()
-        answers = [self._answer(job, logits[a:b], scores[a:b], finite, now) for job, a, b in plan.scored]
+        answers = [
+            self._answer(job, logits[a:b], scores[a:b], finite, now)
+            for job, a, b in plan.scored
+            if job.user_id not in spoiled
+        ]
         count_scored(metrics, [answer for answer in answers if answer is not None])
+
+    def _try_again(self, slot: Slot) -> None:
+        """A load failed under the batch: what it computed of this user is void."""
+        for job in slot.jobs:
+            job.loads, job.loaded_from = MAX_LOADS, -1  # encode instead
+        if not slot.partial:  # the jobs of a part are still queued
+            self.scheduler.put_back(slot.jobs)
 
     def _answer(
         self, job: Job, logits: npt.NDArray[np.float32], scores: npt.NDArray[np.float32], finite: bool, now: float
@@ -282,8 +330,9 @@ class Core:
 
     def check(self) -> None:
         """Raise when any structure of the loop is inconsistent."""
-        if self.tiers is not None:
+        if self.tiers is not None and self.memory is not None:
             self.tiers.check()
+            self.memory.check(self.tiers.index.stats().host.total)
 
     def stats(self) -> dict[str, Any]:
         """JSON-able facts about the model, the queue, the tiers and the runner (since the model was installed)."""
@@ -297,7 +346,10 @@ class Core:
             "queue_length": len(self.scheduler),
             "tiers": {} if self.tiers is None else self.tiers.stats(),
             "transfers": {} if self.tiers is None else self.tiers.transfers(),
+            "host_memory": {} if self.memory is None else self.memory.facts(),
             "runner": self._runner.stats(),
+            "loop_seconds": dict(self.stopwatch.seconds),
+            "batch_seconds": self.stopwatch.batch_s,
         }
 
     def close(self, error: Exception) -> None:
@@ -305,5 +357,6 @@ class Core:
         self.land()
         for job in self.scheduler.clear():
             job.fail(error)
-        if self.tiers is not None:
+        if self.tiers is not None and self.memory is not None:
             self.tiers.settle()
+            self.memory.close()

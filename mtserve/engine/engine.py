@@ -59,9 +59,10 @@ class Engine:
         self._owns_history = history is None
         self._clock = clock
         snapshot_bytes = parse_capacity(self.config.snapshot_cache, of=available_memory(), field="snapshot_cache")
-        self._core = Core(model, self.config, self.metrics, clock, fault)
+        self._core = Core(model, self.config, self.metrics, clock, fault, background=start)
         self._sequences = SequenceCache(self.history, self._core.builder, snapshot_bytes)
         self._loop = Loop(self._core, start=start)
+        self._grow_host_tier()
         self._hints = Hints(self._read_and_encode, self.metrics, limit=self.config.max_queue, start=start)
 
     @property
@@ -239,6 +240,8 @@ class Engine:
     def close(self) -> None:
         """Stop the loop; what still waits fails with Unavailable. Closing twice is fine."""
         self._hints.close()
+        if self._core.memory is not None:
+            self._core.memory.stop()
         if self._loop.close() and self._owns_history:
             self.history.close()
 
@@ -249,6 +252,17 @@ class Engine:
         self.close()
 
     # From callers' threads to the loop's
+
+    def _grow_host_tier(self) -> None:
+        tiers, memory = self._core.tiers, self._core.memory
+        if tiers is None or memory is None:
+            return
+
+        def ready(pages: int) -> None:
+            with contextlib.suppress(Unavailable):  # closed meanwhile
+                self._loop.post(lambda: tiers.grow_host(pages))
+
+        memory.grow(ready)
 
     def _answered(self, future: Future[ScoreResult]) -> None:
         self.metrics.count("requests_in_flight", -1)

@@ -1,4 +1,4 @@
-"""The runner for CUDA: the whole forward as one captured graph a bucket of rows, one copy to the device a batch."""
+"""The runner for CUDA: the whole forward as one captured graph a bucket of rows, one copy each way a batch."""
 
 from __future__ import annotations
 
@@ -11,43 +11,58 @@ import numpy.typing as npt
 import torch
 
 from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize
+from mtserve.engine.gates import Gates, LayerWaits
 from mtserve.engine.heads import TaskHeads
 from mtserve.engine.metadata import Capacity, Metadata, bucket_rows
 from mtserve.engine.stack import Stack
 from mtserve.engine.tokens import TokenEmbedding
 from mtserve.kernels.cuda.driver import (
     Event,
-    copy_to_device,
-    copy_to_host,
     current_context,
     launch_graph,
     use_context,
 )
+from mtserve.kernels.host_copy.cuda import HostCopy
 from mtserve.model.ranking import RankingModel
+from mtserve.transfer.cuda_mover import layer_groups
+from mtserve.transfer.mover import Arrivals
 
 # Graphs kept at once; the least recently used goes first. A graph of 8 layers takes a few hundred KiB.
 MAX_GRAPHS = 256
 
 
 class GraphKey(NamedTuple):
-    """What a captured graph is good for: any batch of this bucket, tile and mode of the attention's output."""
+    """What a captured graph is good for: any batch of this bucket, tile, mode of the attention's output and need to wait."""
 
     rows: int
     tile_rows: int
     direct: bool
+    gated: bool  # waits for pages on their way
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A batch on its way; its states are in their pages and its logits here when `done` has passed."""
+    """A batch on its way; its states are in their pages and its logits here when `done` has passed.
+
+    `gates`: of a batch over loads, which noted when its layers' pages came.
+    """
 
     logits: npt.NDArray[np.float32]
     done: Event
+    gates: Gates | None
 
     def result(self) -> npt.NDArray[np.float32]:
         """float32 [candidates of the batch, tasks] logits; waits for them."""
         self.done.synchronize()
         return self.logits.copy()  # the pinned buffer and the event are another batch's after the next
+
+    def waited(self) -> dict[int, float]:
+        """First layer of each group that the batch waited for -> seconds; empty of a batch over no loads."""
+        return self.gates.waited() if self.gates is not None else {}
+
+
+def _nothing(layer: int) -> None:
+    """Layers of a batch over no loads wait for nothing."""
 
 
 class GraphRunner:
@@ -69,6 +84,10 @@ class GraphRunner:
             self._metadata = Metadata(capacity, model.device)
             self._logits = torch.zeros(capacity.rows, tasks, dtype=torch.float32, device=model.device)
             self._answers = [(torch.zeros(capacity.rows, tasks, pin_memory=True), Event()) for _ in range(2)]
+            groups = layer_groups(model.config.layers)
+            self._waits = LayerWaits(groups)
+            self._gates = [Gates(self._waits, groups, model.device) for _ in range(2)]
+        self._copy = HostCopy()
         self._context = current_context()
         self._graphs: OrderedDict[GraphKey, torch.cuda.CUDAGraph] = OrderedDict()
         self._rows = self._padded_rows = self._captures = 0
@@ -77,20 +96,28 @@ class GraphRunner:
         """Where the next batch is to be laid out; the batch under way keeps its own."""
         return self._metadata.room(bucket_rows(size.rows))
 
-    def start(self, plan: BatchPlan) -> Launched:
+    def start(self, plan: BatchPlan, arrivals: Arrivals | None = None) -> Launched:
         """Launch the batch laid out in `room`; nothing here waits for the device. At most one other may be under way."""
         use_context(self._context)  # the caller's thread need not have called CUDA before
         stream = torch.cuda.current_stream(self._model.device).cuda_stream
-        self._launch(self._stage(plan, stream), stream)
+        gates = None
+        if arrivals is not None:
+            self._gates.reverse()
+            gates = self._gates[0]
+            gates.open_at(arrivals, stream)
+        self._launch(self._stage(plan, gated=gates is not None), stream)
         self._answers.reverse()
         pinned, done = self._answers[0]
         logits = pinned[: plan.candidates].numpy()
-        if logits.nbytes:
-            copy_to_host(pinned.data_ptr(), self._logits.data_ptr(), logits.nbytes, stream)
+        self._copy.run(pinned.data_ptr(), self._logits.data_ptr(), logits.nbytes)
         done.record(stream)
-        return Launched(logits, done)
+        return Launched(logits, done, gates)
 
-    def _stage(self, plan: BatchPlan, stream: int) -> GraphKey:
+    def settle(self) -> None:
+        """Block until the device has nothing left to do."""
+        torch.cuda.synchronize(self._model.device)
+
+    def _stage(self, plan: BatchPlan, *, gated: bool) -> GraphKey:
         """Plan the attention's work and start the copy to the device; the graph that the batch needs."""
         bucket = bucket_rows(plan.rows)
         options = self._stack.work_options
@@ -98,11 +125,11 @@ class GraphRunner:
         if work.max_splits > self._stack.max_splits(bucket):
             work = self._metadata.plan_attention(bucket, plan, **options, pieces=1)
         device, pinned, size = self._metadata.to_copy(bucket, plan.raw_bytes)
-        copy_to_device(device.data_ptr(), pinned.data_ptr(), size, stream)
+        self._copy.run(device.data_ptr(), pinned.data_ptr(), size)
         self._rows += bucket
         self._padded_rows += bucket - plan.rows
         direct = work.max_splits <= 1 and not options["deterministic"]  # a rounded sum is another than an unrounded one
-        return GraphKey(bucket, work.tile_rows, direct)
+        return GraphKey(bucket, work.tile_rows, direct, gated)
 
     def _launch(self, key: GraphKey, stream: int) -> None:
         """The forward over the staged batch, on the current stream."""
@@ -121,7 +148,8 @@ class GraphRunner:
         names = ("tiles", "row", "source", "position", "bucket", "raw")
         tokens = {name: metadata.on_device(bucket, name) for name in names}
         self._embedding.run(**tokens, x=x)
-        self._stack.run(bucket, metadata, key.tile_rows, direct=key.direct)
+        before_layer = self._waits.before_layer if key.gated else _nothing
+        self._stack.run(bucket, metadata, key.tile_rows, direct=key.direct, before_layer=before_layer)
         row, counts = metadata.on_device(bucket, "row"), metadata.on_device(bucket, "counts")[2:]
         self._heads.run(x, self._stack.final_offset, row, counts, self._logits[:bucket])
 

@@ -136,6 +136,7 @@ class Loop:
                 self.run_inbox()
                 if not self._core.step():
                     self._sleep()
+                    self._core.stopwatch.lap("idle")
         except Exception as error:
             log.exception("the engine's loop stopped")
             with self._wake:

@@ -13,6 +13,7 @@ from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize
 from mtserve.kernels.backend import Kernels
 from mtserve.kernels.plan import KernelPlan
 from mtserve.model.ranking import RankingModel
+from mtserve.transfer.mover import Arrivals
 
 
 class Pending(Protocol):
@@ -20,6 +21,12 @@ class Pending(Protocol):
 
     def result(self) -> npt.NDArray[np.float32]:
         """float32 [candidates of the batch, tasks] logits; new states are in their pages when this returns."""
+        ...
+
+    def waited(self) -> dict[int, float]:
+        """Of a batch over loads, once it has a result: first layer of each group -> seconds from the batch's start
+        until the group's pages had come, 0 where they were there. Empty of others.
+        """
         ...
 
 
@@ -32,8 +39,12 @@ class BatchRunner(Protocol):
         """Where the next batch to start is laid out. Called once a batch; at most one other is under way."""
         ...
 
-    def start(self, plan: BatchPlan) -> Pending:
-        """Launch a batch; at most one other is under way."""
+    def start(self, plan: BatchPlan, arrivals: Arrivals | None = None) -> Pending:
+        """Launch a batch, whose layers wait for `arrivals`; at most one other is under way."""
+        ...
+
+    def settle(self) -> None:
+        """Block until nothing of any batch runs any more, those that failed to start included."""
         ...
 
     def stats(self) -> dict[str, Any]:
@@ -54,6 +65,9 @@ class Done:
     def result(self) -> npt.NDArray[np.float32]:
         return self.logits
 
+    def waited(self) -> dict[int, float]:
+        return {}
+
 
 class Runner:
     """Executes plans with one model, one set of plain kernels and one pool of pages (None: keep no states)."""
@@ -71,16 +85,22 @@ class Runner:
         return BatchArrays.empty(size)
 
     @torch.inference_mode()
-    def start(self, plan: BatchPlan) -> Done:
-        """Run a batch to its end."""
+    def start(self, plan: BatchPlan, arrivals: Arrivals | None = None) -> Done:
+        """Run a batch to its end, after all that it waits for."""
+        if arrivals is not None:
+            arrivals.wait()
         self._rows += plan.rows
         kernel = KernelPlan.of(plan.layout, self._model.device)
         rows = self._model.embed(plan.inputs(self._model.schema))
         rows = self._model.encode(rows, self._pool, kernel, self._kernels)
         logits = self._model.logits(rows.index_select(0, kernel.candidate_rows))
+        self.settle()
+        return Done(logits.cpu().numpy())
+
+    def settle(self) -> None:
+        """Only CUDA runs behind its callers' backs."""
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
-        return Done(logits.cpu().numpy())
 
     def stats(self) -> dict[str, Any]:
         """Batches are computed as they come: nothing is padded."""

@@ -115,6 +115,18 @@ class Scheduler:
         self._prefetches.clear()
         return jobs
 
+    def put_back(self, jobs: Iterable[Job]) -> None:
+        """Queue jobs again that a batch had taken: ahead of all others, and however many wait."""
+        again = list(jobs)
+        self._scores = {**{job: None for job in again if not job.prefetch}, **self._scores}
+        for job in again:
+            if job.prefetch and job.user_id not in self._prefetches:
+                self._prefetches[job.user_id] = job
+            elif job.prefetch:
+                job.fail(Cancelled(f"a newer prefetch of user {job.user_id!r} took its place"))
+            if job.deadline is not None:
+                self._bound(job.deadline, len(job.candidates))
+
     def remove(self, jobs: Iterable[Job]) -> None:
         """Take out `jobs`, as far as they are queued."""
         for job in jobs:

@@ -8,8 +8,9 @@ import torch
 
 from mtserve.config import EngineConfig, ModelConfig
 from mtserve.errors import InvalidArgument, ResourceExhausted
+from mtserve.transfer.arena import HostArena
 from mtserve.transfer.chaos import Chaos
-from mtserve.transfer.mover import Fault, Mover, make_mover
+from mtserve.transfer.mover import Fault, Mover, SyncMover
 from mtserve.transfer.pool import PageShape
 from mtserve.transfer.slow_mover import SlowMover
 from mtserve.types import Clock
@@ -68,11 +69,20 @@ def resolve_chaos(config: EngineConfig, fault: Fault | None) -> Chaos | None:
     return Chaos.parse(config.chaos)
 
 
-def make_link(pool: torch.Tensor, arena: torch.Tensor, clock: Clock, fault: Fault | None, chaos: Chaos | None) -> Mover:
+def make_link(pool: torch.Tensor, arena: HostArena, clock: Clock, fault: Fault | None, chaos: Chaos | None) -> Mover:
     """The mover between the tiers, with what makes its copies fail or come late."""
     if chaos is None:
-        return make_mover(pool, arena, fault)
-    return SlowMover(make_mover(pool, arena, chaos), chaos.delay, clock)
+        return _make_mover(pool, arena, fault)
+    return SlowMover(_make_mover(pool, arena, chaos), chaos.delay, clock)
+
+
+def _make_mover(pool: torch.Tensor, arena: HostArena, fault: Fault | None) -> Mover:
+    if not pool.is_cuda:
+        return SyncMover(pool, arena.tensor, fault)
+    # Only CUDA machines have the driver that it calls.
+    from mtserve.transfer.cuda_mover import CudaMover
+
+    return CudaMover(pool, arena.tensor, fault, chunk_pages=arena.chunk_pages)
 
 
 def page_shape(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> PageShape:
@@ -95,8 +105,18 @@ def device_pages(config: EngineConfig, shape: PageShape, device: torch.device) -
 
 
 def arena_pages(config: EngineConfig, shape: PageShape) -> int:
-    """Pages of the host tier; 0 turns it off."""
-    return parse_capacity(config.host_cache, of=available_memory(), field="host_cache") // shape.bytes
+    """Pages of the host tier; 0 turns it off. Raises ResourceExhausted for more than is available.
+
+    Memory is taken as the arena grows; too much of it would end the process then, not the call that asked for it.
+    """
+    available = available_memory()
+    size = parse_capacity(config.host_cache, of=available, field="host_cache")
+    if size > available:
+        raise ResourceExhausted(
+            f"{format_bytes(size)} is above the {format_bytes(available)} of host memory that are available",
+            field="host_cache",
+        )
+    return size // shape.bytes
 
 
 def available_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -110,11 +111,23 @@ class Stack:
         """Partial sums a row that fit the buffer."""
         return min(16, len(self.buffers.partial) // (bucket * self._config.heads * self._config.head_dim))
 
-    def run(self, bucket: int, metadata: Metadata, tile_rows: int, *, direct: bool) -> None:
-        """All layers on the current stream; `direct`: the attention's output needs no sum."""
+    def run(
+        self,
+        bucket: int,
+        metadata: Metadata,
+        tile_rows: int,
+        *,
+        direct: bool,
+        before_layer: Callable[[int], None] = lambda layer: None,
+    ) -> None:
+        """All layers on the current stream; `direct`: the attention's output needs no sum.
+
+        `before_layer(i)` is called where what layer i waits for is to be queued.
+        """
         work = metadata.work(bucket, tile_rows)
         group, target = metadata.on_device(bucket, "group"), metadata.on_device(bucket, "target")
         for index in range(len(self._layers)):
+            before_layer(index)
             self._layer(index, bucket, work, group, target, direct)
 
     def _layer(

@@ -29,6 +29,7 @@ class Transfers:
     def __init__(self, metrics: Metrics, clock: Clock, page_bytes: int) -> None:
         self._metrics, self._clock, self._page_bytes = metrics, clock, page_bytes
         self._open: dict[str, dict[int, Transfer]] = {kind: {} for kind in DIRECTIONS}  # by ticket
+        self._open_bytes = dict.fromkeys(DIRECTIONS, 0)
         self._busy_since = dict.fromkeys(DIRECTIONS, 0.0)  # of directions with copies under way
         self._busy_s = dict.fromkeys(DIRECTIONS, 0.0)  # of earlier times
 
@@ -44,6 +45,7 @@ class Transfers:
         begun = {copy.ticket: Transfer(copy.user, len(copy.gpu_pages) * self._page_bytes, now) for copy in copies}
         under_way.update(begun)
         size = sum(transfer.bytes for transfer in begun.values())
+        self._open_bytes[kind] += size
         self._metrics.count_many(((f"{kind}s_in_flight", len(begun), ""), (f"{kind}_bytes_in_flight", size, "")))
 
     def ended(self, finished: Sequence[Finished]) -> set[str]:
@@ -64,6 +66,7 @@ class Transfers:
 
     def _count(self, kind: str, now: float, ended: Sequence[Transfer], failed: Sequence[Transfer]) -> None:
         size = sum(transfer.bytes for transfer in ended)
+        self._open_bytes[kind] -= size
         self._metrics.count_many(
             (
                 (f"{kind}s_in_flight", -len(ended), ""),
@@ -79,17 +82,20 @@ class Transfers:
         """Copies of one direction under way."""
         return len(self._open[kind])
 
+    def bytes(self, kind: str) -> int:
+        """Bytes of the copies of one direction under way."""
+        return self._open_bytes[kind]
+
     def check(self) -> None:
         """Fail an assertion where the gauges are not what is under way."""
         for kind, under_way in self._open.items():
             assert self._metrics.value(f"{kind}s_in_flight") == len(under_way)
-            assert self._metrics.value(f"{kind}_bytes_in_flight") == sum(each.bytes for each in under_way.values())
+            assert self._open_bytes[kind] == sum(each.bytes for each in under_way.values())
+            assert self._metrics.value(f"{kind}_bytes_in_flight") == self._open_bytes[kind]
 
     def stats(self) -> dict[str, Any]:
-        """By direction, JSON-able: `bytes` moved, `gb_per_s`, copies `in_flight` and `failed`.
-
-        `gb_per_s`: bytes moved by the seconds in which a copy of that direction was under way, in 10^9 bytes a
-        second; None when there were none.
+        """By direction, JSON-able: `bytes` moved, `busy_seconds` in which a copy was under way, copies `in_flight` and
+        `failed`; `gb_per_s`: the quotient of the first two in 10^9 bytes a second, None when there were none.
         """
         return {kind: self._direction(kind) for kind in DIRECTIONS}
 
@@ -99,6 +105,7 @@ class Transfers:
             busy_s += max(0.0, self._clock() - self._busy_since[kind])
         return {
             "bytes": moved,
+            "busy_seconds": busy_s,
             "gb_per_s": moved / busy_s / 1e9 if busy_s > 0 else None,
             "in_flight": len(self._open[kind]),
             "failed": int(self._metrics.value(f"{kind}s_failed_total")),

@@ -15,17 +15,22 @@ class WriteBack:
     A request appends a few tokens to a user's last page, and the next one a few more. Copied each time, the page
     would cross the link again and again for tokens that soon follow; copied once its user has paused, it crosses
     once. A user who loses the page before that encodes less than a page again.
+
+    What the link has no room for stays listed here, a name a user, and its states stay on the device meanwhile; so
+    does what a host tier that still grows has no room for. Nothing is dropped but by eviction, which the index counts.
+    A user whose copy failed, or whose history is larger than the whole host tier, is tried again with its next batch.
     """
 
     def __init__(self, index: TieredIndex, clock: Clock, idle_s: float) -> None:
         """`idle_s`: seconds without a batch after which the last page is saved too; 0: at once."""
         self._index, self._clock, self._idle_s = index, clock, idle_s
         self._unsaved: dict[str, float] = {}  # user -> time of the last batch, oldest first
-        self._grown: dict[str, None] = {}  # of these, users of batches since the last `begin`
+        self._grown: dict[str, None] = {}  # of these, users with full pages that nobody has tried to save yet
+        self._crowded: dict[str, None] = {}  # users for whom, or for all of whom, the host had no room
 
     def __len__(self) -> int:
         """Users with states that the host may not have."""
-        return len(self._unsaved)
+        return len(self._unsaved) + len(self._crowded)
 
     def grew(self, users: Iterable[str]) -> None:
         """A batch has made states of these users."""
@@ -34,24 +39,39 @@ class WriteBack:
             self._unsaved.pop(user, None)
             self._unsaved[user] = now
             self._grown[user] = None
+            self._crowded.pop(user, None)
 
-    def begin(self) -> list[Store]:
-        """The copies to start now."""
+    def begin(self, pages: int) -> tuple[list[Store], bool]:
+        """The copies to start now, `pages` or little more; and whether more should have started."""
         stores: list[Store] = []
+        waiting: list[str] = []
         if self._idle_s > 0:
-            stores += self._index.begin_stores(list(self._grown), tail=False)
-        self._grown.clear()
+            begun, late = self._index.begin_stores(list(self._grown), tail=False, pages=pages)
+            stores, waiting = begun, list(late)
+        self._grown = dict.fromkeys(waiting)
         due = self._due()
-        whole = self._index.begin_stores(due, tail=True)
-        begun = {store.user for store in whole}
-        for user in due:
+        pages -= sum(len(store.gpu_pages) for store in stores)
+        whole, late = self._index.begin_stores(due, tail=True, pages=pages)
+        covered = {store.user: store.tokens - store.first_token for store in whole}
+        for user in due[: len(due) - len(late)]:
             # What came while the user's last copy runs is saved when that has ended.
-            if user in begun or not self._index.is_busy(user).storing:
-                del self._unsaved[user]
-        return stores + whole
+            if user not in covered and self._index.is_busy(user).storing:
+                continue
+            del self._unsaved[user]
+            self._grown.pop(user, None)
+            if self._index.unsaved_tokens(user) > covered.get(user, 0):
+                self._crowded[user] = None
+        return stores + whole, bool(waiting or late)
+
+    def host_grew(self) -> None:
+        """There is more room on the host: try again, first, whoever found none."""
+        self._unsaved = {**dict.fromkeys(self._crowded, -math.inf), **self._unsaved}
+        self._crowded.clear()
 
     def due_in(self) -> float:
         """Seconds until the next copy is to start; infinity when none is."""
+        if self._grown:
+            return 0.0
         oldest = next(iter(self._unsaved.values()), math.inf)
         return max(0.0, oldest + self._idle_s - self._clock())
 

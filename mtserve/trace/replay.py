@@ -16,8 +16,10 @@ import torch
 from mtserve.config import EngineConfig
 from mtserve.engine.engine import Engine
 from mtserve.engine.setup import page_shape, resolve_device, resolve_dtype
+from mtserve.engine.transfers import DIRECTIONS
 from mtserve.errors import DeadlineExceeded, InvalidArgument
 from mtserve.history.memory import MemoryHistory
+from mtserve.metrics import GROUPS
 from mtserve.model.ranking import RankingModel
 from mtserve.trace.agreement import Agreement, Difference, compare, judge, misplaced, verify
 from mtserve.trace.driver import Driver
@@ -35,7 +37,8 @@ SAMPLE_S = 0.05
 WARM_UP_USERS = 8
 COUNTERS = (
     "loads_total", "stores_total", "loads_failed_total", "stores_failed_total", "load_bytes_total",
-    "store_bytes_total", "generations_total", "appended_behaviours_total", "batches_total",
+    "store_bytes_total", "generations_total", "appended_behaviours_total", "batches_total", "batches_over_loads_total",
+    "loads_declined_total", "write_backs_deferred_total", "evicted_unsaved_pages_total",
 )  # fmt: skip
 
 
@@ -45,7 +48,7 @@ class ReplayResult:
 
     trace: Trace
     model: RankingModel
-    engine: EngineConfig  # capacities in bytes where they were shares of the working set
+    engine: EngineConfig  # as run: capacities in bytes where they were shares of the working set
     config: ReplayConfig
     working_set_bytes: int
     device: str
@@ -77,13 +80,14 @@ def replay(
 ) -> ReplayResult:
     """Drive `trace` through `model` with the cache and without it, on the same kernels in the same loop.
 
-    engine.gpu_cache and host_cache may also be shares of the trace's working set: "25%ws".
+    engine.gpu_cache and host_cache may also be shares of the trace's working set: "25%ws". Whatever
+    engine.host_pinning says, host memory is pinned before a run begins: no figure depends on how fast that goes.
     Raises InvalidArgument when trace, model and configuration do not fit one another.
     """
     trace = trace.first(min(config.requests, trace.requests)) if config.requests else trace
     rows = TraceRows(trace, model.schema)
     _check_fit(trace, engine, config)
-    working_set_bytes, engine = size_tiers(rows, model, engine)
+    working_set_bytes, engine = size_tiers(rows, model, replace(engine, host_pinning="wait"))
     cached, served, facts = _run(rows, model, engine, config, trace.requests, "with cache", progress)
     capped = trace.requests if config.baseline_requests < 0 else min(config.baseline_requests, trace.requests)
     baseline = None
@@ -165,11 +169,11 @@ def _run(
             progress=lambda done: progress(f"requests {what}", done, requests),
         )  # fmt: skip
         progress(f"requests {what}", 0, requests)
-        before = _counters(engine)
         with _quiet_heap(), _sampled(engine, driver, run):
+            before = _counters(engine)
             driver.drive()
+            run.counters = {name: count - before[name] for name, count in _counters(engine).items()}
         run.stats = engine.stats()
-        run.counters = {name: count - before[name] for name, count in _counters(engine).items()}
         engine.check()
         if run.stats["device"] != "cpu":
             run.device_peak_bytes = torch.cuda.max_memory_allocated(run.stats["device"])
@@ -214,6 +218,12 @@ def _counters(engine: Engine) -> dict[str, float]:
     counters = {name: float(engine.metrics.value(name)) for name in COUNTERS}
     counters["batch_tokens"] = engine.metrics.distribution("batch_tokens").sum
     counters |= {name: float(stats["runner"][name]) for name in ("rows", "padded_rows")}
+    counters |= {f"loop_s_{phase}": seconds for phase, seconds in stats["loop_seconds"].items()}
+    counters["batches_s"] = stats["batch_seconds"]
+    for kind in DIRECTIONS:
+        counters[f"{kind}_s"] = stats["transfers"].get(kind, {}).get("busy_seconds", 0.0)
+    for group in GROUPS:
+        counters[f"load_wait_s_{group}"] = float(engine.metrics.value("load_wait_seconds_total", group))
     for tier in ("gpu", "host"):
         counters[f"evicted_pages_{tier}"] = float(stats["tiers"].get(tier, {}).get("evicted_pages", 0))
     return counters

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mtserve.engine.stopwatch import PHASES
 from mtserve.errors import FailedPrecondition, InvalidArgument
 from mtserve.trace.replay import ReplayResult
-from mtserve.trace.run_log import TIER_NAMES
-from mtserve.trace.summary import hit_ratio, summarise
+from mtserve.trace.run_log import TIER_NAMES, RunLog
+from mtserve.trace.summary import hit_ratio, summarise, time_spent
 from mtserve.units import format_bytes
 
 GPU, HOST, ENCODED, BASELINE, INK = "#2a6fbb", "#e39b3b", "#c9ced6", "#8a929e", "#22262b"
 BINS = 60
+PHASE_COLOURS = dict(zip(PHASES, ("#9a86b8", HOST, "#7fb2e0", GPU, "#5aa38c", "#e3e6eb"), strict=True))
+UNDER_WAY = {"batches": "batches", "load": "loads", "store": "stores"}
 STYLE = {
     "figure.figsize": (9.0, 4.8), "figure.dpi": 130, "font.size": 10.5, "axes.spines.top": False,
     "axes.spines.right": False, "axes.edgecolor": "#9aa1ab", "axes.labelcolor": INK, "text.color": INK,
@@ -50,7 +53,7 @@ def write_report(result: ReplayResult, folder: str | Path) -> list[Path]:
         raise InvalidArgument(f"{folder} cannot be a folder: {error.strerror}", field="report") from None
     plots: dict[str, Callable[[Any, ReplayResult], None]] = {
         "latency_cdf": latency_cdf, "hit_ratio": hit_ratio_over_time,
-        "tokens_by_tier": tokens_by_tier, "memory": memory_use,
+        "tokens_by_tier": tokens_by_tier, "memory": memory_use, "time": time_by_phase,
     }  # fmt: skip
     paths = []
     with pyplot.rc_context(STYLE):
@@ -199,3 +202,51 @@ def memory_use(axes: Any, result: ReplayResult) -> None:
     _subtitle(axes, f"{_setup(result)}; {summary['gpu']['evicted_pages']:,} pages evicted from the GPU, "
                     f"{summary['host']['evicted_pages']:,} from the host")  # fmt: skip
     _legend_below(axes, 5)
+
+
+def time_by_phase(axes: Any, result: ReplayResult) -> None:
+    """Phases of each run's loop as shares of its wall time; below them, how much of it had work under way."""
+    runs = [(result.cached, "with cache")] + ([] if result.baseline is None else [(result.baseline, "without cache")])
+    places, names, bottom = [], [], 0.0
+    for run, name in runs:
+        _draw_phases(axes, run, bottom)
+        places.append(bottom)
+        capped = f"\n(first {run.requests:,} requests)" if run.requests < result.cached.requests else ""
+        names.append(f"{name}, {run.seconds:,.2f} s{capped}")
+        bottom += 0.74
+        for kind, name in UNDER_WAY.items() if run.stats["transfers"] else [("batches", UNDER_WAY["batches"])]:
+            _draw_under_way(axes, time_spent(run), kind, bottom)
+            places.append(bottom)
+            names.append(f"{name} under way")
+            bottom += 0.38
+        bottom += 0.5
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom - 0.65, -0.55)
+    axes.set_yticks(places, names)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_formatter(_percent)
+    axes.set_xlabel("share of the run's wall time; what is under way overlaps")
+    axes.set_title("Where the time went")
+    _subtitle(axes, _setup(result))
+    _legend_below(axes, len(PHASES))
+
+
+def _draw_phases(axes: Any, run: RunLog, place: float) -> None:
+    left = 0.0
+    for phase, seconds in time_spent(run)["loop"].items():
+        share = seconds / run.seconds
+        axes.barh(place, share, 0.8, left=left, color=PHASE_COLOURS[phase], label="" if place else phase)
+        if share >= 0.05:
+            ink = "white" if phase == "device" else INK
+            axes.text(left + share / 2, place, _percent(share, 0), ha="center", va="center", color=ink, fontsize=9.5)
+        left += share
+
+
+def _draw_under_way(axes: Any, time: dict[str, Any], kind: str, place: float) -> None:
+    share, speed = time[f"{kind}_s"] / time["wall_s"], time.get(f"{kind}_gb_per_s")
+    axes.barh(place, 1, 0.18, color="#eef0f3")
+    axes.barh(place, share, 0.18, color=BASELINE)
+    told = _percent(share, 0) + (f", {speed:.3g} GB/s" if speed else "")
+    axes.text(1.01, place, told, va="center", fontsize=9.5)

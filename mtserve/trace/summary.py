@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mtserve.engine.stopwatch import PHASES
+from mtserve.engine.transfers import DIRECTIONS
+from mtserve.metrics import GROUPS
 from mtserve.provenance import stamp
 from mtserve.trace.csr import rank_in_group
 from mtserve.trace.meta import meta_to_dict
@@ -25,6 +28,17 @@ DEFINITIONS = {
     "max_score_difference": "largest absolute difference of a score, cached against uncached, over all compared requests",
     "chaos": "faults asked for: which shares of the copies between the tiers fail or come late; null without",
     "working_set_bytes": "pages of the final states of all users who ask, after the model's cut of their histories",
+    "time.loop": "seconds of the engine's loop by what it did: outside (between steps, mostly admitting requests), copies "
+    "(index and mover, both ways), planning (choosing, laying out and launching batches), device (waiting for a batch), "
+    "answers (publishing states and answering), idle (asleep); together wall_s, give or take a step at its end",
+    "time.batches_s": "seconds in which some batch was under way; load_s, store_s: some copy from or to the host. They "
+    "overlap one another and the phases of the loop",
+    "time.load_gb_per_s": "10^9 bytes loaded a second of load_s; store_gb_per_s alike; null where none was under way",
+    "time.load_wait_s": "by group of layers, over the batches begun while pages of theirs were on their way "
+    "(batches_over_loads): seconds from a batch's start until the group's pages had come",
+    "time.loads_declined": "prefixes encoded again because that was expected to be sooner than loading them",
+    "time.write_backs_deferred": "times that copies to the host waited because too many were under way",
+    "time.evicted_unsaved_pages": "pages evicted from the GPU with states that the host did not have",
 }
 
 
@@ -96,6 +110,7 @@ def _timing(run: RunLog) -> dict[str, Any]:
         "batches": run.counters["batches_total"],
         "batch_tokens": run.counters["batch_tokens"],
         "padded_rows_share": _padded_rows_share(run),
+        "time": time_spent(run),
     }
 
 
@@ -103,6 +118,29 @@ def _padded_rows_share(run: RunLog) -> float | None:
     if run.stats["runner"]["padded_rows_share"] is None:
         return None
     return float(run.counters["padded_rows"] / max(1.0, run.counters["rows"]))
+
+
+def time_spent(run: RunLog) -> dict[str, Any]:
+    """Where the time of a run went: seconds by phase of the loop, seconds with work under way, and what was put off."""
+    counters = run.counters
+    return {
+        "wall_s": run.seconds,
+        "loop": {phase: counters[f"loop_s_{phase}"] for phase in PHASES},
+        "batches_s": counters["batches_s"],
+        **{f"{kind}_s": counters[f"{kind}_s"] for kind in DIRECTIONS},
+        **{f"{kind}_gb_per_s": _gb_per_s(counters, kind) for kind in DIRECTIONS},
+        "batches": int(counters["batches_total"]),
+        "batches_over_loads": int(counters["batches_over_loads_total"]),
+        "load_wait_s": [counters[f"load_wait_s_{group}"] for group in GROUPS],
+        "loads_declined": int(counters["loads_declined_total"]),
+        "write_backs_deferred": int(counters["write_backs_deferred_total"]),
+        "evicted_unsaved_pages": int(counters["evicted_unsaved_pages_total"]),
+    }
+
+
+def _gb_per_s(counters: dict[str, float], kind: str) -> float | None:
+    seconds = counters[f"{kind}_s"]
+    return counters[f"{kind}_bytes_total"] / seconds / 1e9 if seconds > 0 else None
 
 
 def _tokens(result: ReplayResult) -> dict[str, int]:

@@ -6,6 +6,7 @@ from random import Random
 
 from mtserve.errors import InvalidArgument, TransferFailed
 from mtserve.transfer.mover import LOAD, STORE
+from mtserve.transfer.pinning import Pinning
 
 FIELD = "chaos"
 MAX_SLOW_S = 60.0
@@ -19,40 +20,45 @@ class Chaos:
     The n-th load and the n-th store meet the same fate in every run with the same seed, whatever their order.
     """
 
-    def __init__(self, *, fail: float = 0.0, slow: float = 0.0, slow_s: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, *, fail: float = 0.0, slow: float = 0.0, slow_s: float = 0.0, pin: float = 0.0, seed: int = 0
+    ) -> None:
         """`fail`, `slow`: shares of the copies, 0 to 1; `slow_s`: how much longer a slow one takes, in seconds.
+        `pin`: share of the chunks of host memory that cannot be pinned.
 
         Raises InvalidArgument for what is out of range.
         """
         _check("fail", fail, 0, 1)
         _check("slow", slow, 0, 1)
         _check("the time of slow", slow_s, 0, MAX_SLOW_S, " s")
+        _check("pin", pin, 0, 1)
         _check("seed", seed, 0, MAX_SEED)
-        self.fail, self.slow, self.slow_s, self.seed = fail, slow, slow_s, seed
+        self.fail, self.slow, self.slow_s, self.pin, self.seed = fail, slow, slow_s, pin, seed
         self._fates = {kind: Random(f"{seed} fail {kind}") for kind in (LOAD, STORE)}
         self._delays = {kind: Random(f"{seed} slow {kind}") for kind in (LOAD, STORE)}
 
     @classmethod
     def parse(cls, text: str) -> Chaos:
-        """The chaos meant by "fail=0.05,slow=0.02:20ms,seed=7"; what is not named is 0.
+        """The chaos meant by "fail=0.05,slow=0.02:20ms,pin=0.1,seed=7"; what is not named is 0.
 
         `slow` is a share and a time in ms or s. Raises InvalidArgument saying what is wrong.
         """
         facts: dict[str, str] = {}
         for part in text.split(","):
             name, equals, value = part.strip().partition("=")
-            if not equals or name not in ("fail", "slow", "seed"):
-                raise InvalidArgument(f"{part!r} is not fail=SHARE, slow=SHARE:TIME or seed=N", field=FIELD)
+            if not equals or name not in ("fail", "slow", "pin", "seed"):
+                raise InvalidArgument(f"{part!r} is not fail=SHARE, slow=SHARE:TIME, pin=SHARE or seed=N", field=FIELD)
             if name in facts:
                 raise InvalidArgument(f"{name} is given twice", field=FIELD)
             facts[name] = value
-        if not facts.keys() & {"fail", "slow"}:
-            raise InvalidArgument(f"{text!r} has neither fail nor slow", field=FIELD)
+        if not facts.keys() & {"fail", "slow", "pin"}:
+            raise InvalidArgument(f"{text!r} has none of fail, slow and pin", field=FIELD)
         share, _, time = facts.get("slow", "0:0s").partition(":")
         return cls(
             fail=_number("fail", facts.get("fail", "0")),
             slow=_number("slow", share),
             slow_s=_seconds(time),
+            pin=_number("pin", facts.get("pin", "0")),
             seed=_integer("seed", facts.get("seed", "0")),
         )
 
@@ -64,6 +70,24 @@ class Chaos:
     def delay(self, kind: str) -> float:
         """Seconds by which the next copy of `kind` ends late; mostly 0."""
         return self.slow_s if self._delays[kind].random() < self.slow else 0.0
+
+
+class ChaosPinning:
+    """A `Pinning` that fails at random, before it has pinned anything. What it does not fail is pinned where it must be."""
+
+    def __init__(self, chaos: Chaos, inner: Pinning | None) -> None:
+        self._share, self._inner = chaos.pin, inner
+        self._fates = Random(f"{chaos.seed} pin")
+
+    def pin(self, address: int, size: int) -> None:
+        if self._fates.random() < self._share:
+            raise TransferFailed(f"pinning failed on purpose (pin={self._share:g})", field=FIELD)
+        if self._inner is not None:
+            self._inner.pin(address, size)
+
+    def unpin(self, address: int) -> None:
+        if self._inner is not None:
+            self._inner.unpin(address)
 
 
 def _check(name: str, value: float, low: float, high: float, unit: str = "") -> None:

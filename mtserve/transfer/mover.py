@@ -1,30 +1,28 @@
 """Moving pages between the tiers. Bytes and streams; what to move, and when, is decided elsewhere.
 
-Who waits for whom, on CUDA:
-
-    onload      waits for the compute stream as of its start: its target pages may have had a reader
-    compute     waits for an onload before the first batch that uses its pages
-    write-back  waits for the compute stream as of its start: the forward wrote its source pages
-    reuse of a page or of an arena slot: only after its job has been polled as finished
+Who waits for whom is drawn in docs/transfers.md.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtserve.cache.index import Copy
+from mtserve.cache.index import Copy, PageIds
 from mtserve.errors import TransferFailed
 
 LOAD, STORE = "load", "store"
 
 Fault = Callable[[str], None]
 """Called with "load" or "store" before each job; raises TransferFailed to make that one fail (tests, chaos)."""
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -36,19 +34,37 @@ class Finished:
     error: TransferFailed | None
 
 
-class Mover(ABC):
-    """Copies whole pages between the device pool and the host arena, job by job, each finished exactly once."""
+class Arrivals(Protocol):
+    """What a batch that was begun over loads waits for before it touches their pages."""
 
-    def __init__(self, pool: torch.Tensor, arena: torch.Tensor, fault: Fault | None = None) -> None:
+    def wait(self) -> None:
+        """Block until every byte is there."""
+        ...
+
+
+class Mover(ABC):
+    """Copies whole pages between the device pool and the host arena, job by job, each finished exactly once.
+
+    The jobs of one kind end in the order of their submission.
+    """
+
+    def __init__(
+        self, pool: torch.Tensor, arena: torch.Tensor, fault: Fault | None = None, *, chunk_pages: int = 0
+    ) -> None:
+        """`chunk_pages`: no copy may cross a multiple of so many pages of the arena; 0: any may."""
         assert pool.shape[1:] == arena.shape[1:]
         assert pool.dtype == arena.dtype
         assert pool.is_contiguous() and arena.is_contiguous()
-        self.pool, self.arena = pool, arena
+        self.pool, self.arena, self.chunk_pages = pool, arena, chunk_pages
         self._fault = fault
 
     @abstractmethod
     def submit(self, kind: str, copies: Sequence[Copy]) -> None:
-        """Start copies that were decided together: "load" fills the pool, "store" the arena."""
+        """Start copies that were decided together: "load" fills the pool, "store" the arena.
+
+        Nothing else may write the pages they read, or touch those they write, until they have been polled; a batch
+        over `arrivals` may.
+        """
 
     @abstractmethod
     def poll(self) -> list[Finished]:
@@ -62,20 +78,27 @@ class Mover(ABC):
     def wait(self) -> None:
         """Block until every submitted job has ended; `poll` then reports them all."""
 
-    def copy_now(self, kind: str, copy: Copy) -> None:
-        """Copy the bytes of one job, on the current stream."""
-        for pool_first, arena_first, count in runs(copy.gpu_pages, copy.host_pages):
-            inside = self.pool[pool_first : pool_first + count]
-            outside = self.arena[arena_first : arena_first + count]
-            target, source = (inside, outside) if kind == LOAD else (outside, inside)
-            target.copy_(source, non_blocking=True)
+    @abstractmethod
+    def load_s(self, size: int) -> float:
+        """Seconds in which loads of `size` bytes are expected to be over."""
 
-    def _attempt(self, kind: str, copy: Copy) -> TransferFailed | None:
-        """`copy_now`; what went wrong."""
+    @abstractmethod
+    def near(self, ticket: int) -> bool:
+        """Whether a load under way will succeed and has so little left that a batch should start over it."""
+
+    @abstractmethod
+    def arrivals(self, tickets: Collection[int]) -> Arrivals:
+        """What a batch over these `near` loads waits for."""
+
+    def poison(self, pages: PageIds) -> None:
+        """Fill pages of the pool that nobody uses with NaN, before anything that is begun later touches them."""
+        self.pool[torch.from_numpy(pages.astype(np.int64))] = float("nan")
+
+    def _injected(self, kind: str) -> TransferFailed | None:
+        """The failure meant for the next job."""
         try:
             if self._fault is not None:
                 self._fault(kind)
-            self.copy_now(kind, copy)
         except TransferFailed as failure:
             return failure
         return None
@@ -84,12 +107,29 @@ class Mover(ABC):
 class SyncMover(Mover):
     """The CPU twin: a job is done when `submit` returns, and told at the next `poll`."""
 
-    def __init__(self, pool: torch.Tensor, arena: torch.Tensor, fault: Fault | None = None) -> None:
-        super().__init__(pool, arena, fault)
+    def __init__(
+        self, pool: torch.Tensor, arena: torch.Tensor, fault: Fault | None = None, *, chunk_pages: int = 0
+    ) -> None:
+        super().__init__(pool, arena, fault, chunk_pages=chunk_pages)
         self._finished: list[Finished] = []
 
     def submit(self, kind: str, copies: Sequence[Copy]) -> None:
-        self._finished += [Finished(kind, copy.ticket, self._attempt(kind, copy)) for copy in copies]
+        self._finished += [Finished(kind, copy.ticket, self.attempt(kind, copy)) for copy in copies]
+
+    def attempt(self, kind: str, copy: Copy) -> TransferFailed | None:
+        """One job, unless it is meant to fail."""
+        error = self._injected(kind)
+        if error is None:
+            self.copy_now(kind, copy)
+        return error
+
+    def copy_now(self, kind: str, copy: Copy) -> None:
+        """The bytes of one job."""
+        for pool_first, arena_first, count in zip(*runs(copy.gpu_pages, copy.host_pages), strict=True):
+            inside = self.pool[pool_first : pool_first + count]
+            outside = self.arena[arena_first : arena_first + count]
+            target, source = (inside, outside) if kind == LOAD else (outside, inside)
+            target.copy_(source)
 
     def poll(self) -> list[Finished]:
         finished, self._finished = self._finished, []
@@ -101,68 +141,25 @@ class SyncMover(Mover):
     def wait(self) -> None:
         return
 
+    def load_s(self, size: int) -> float:
+        return 0.0  # nobody waits for them
 
-@dataclass(frozen=True)
-class _Job:
-    kind: str
-    ticket: int
-    done: torch.cuda.Event
-    error: TransferFailed | None
+    def near(self, ticket: int) -> bool:
+        return False  # told as finished at the next poll
+
+    def arrivals(self, tickets: Collection[int]) -> Arrivals:
+        raise AssertionError("no load is ever near")
 
 
-class CudaMover(Mover):
-    """Copies on two streams of their own, one a direction, ordered against the compute stream by events.
+def runs(left: PageIds, right: PageIds, boundary: int = 0) -> tuple[Ints, Ints, Ints]:
+    """The longest runs in which both ids rise by one, one piece each: int64 left firsts, right firsts, counts.
 
-    Copies submitted together wait for the compute stream once; each ends on an event of its own.
+    `boundary`: no run crosses a multiple of it on the right; 0: any may.
     """
-
-    def __init__(self, pool: torch.Tensor, arena: torch.Tensor, fault: Fault | None = None) -> None:
-        super().__init__(pool, arena, fault)
-        self._streams = {kind: torch.cuda.Stream(pool.device) for kind in (LOAD, STORE)}
-        self._jobs: list[_Job] = []
-
-    def submit(self, kind: str, copies: Sequence[Copy]) -> None:
-        stream = self._streams[kind]
-        stream.wait_stream(torch.cuda.current_stream(self.pool.device))
-        with torch.cuda.stream(stream):
-            for copy in copies:
-                error = self._attempt(kind, copy)
-                done = torch.cuda.Event()
-                done.record(stream)
-                self._jobs.append(_Job(kind, copy.ticket, done, error))
-
-    def copy_now(self, kind: str, copy: Copy) -> None:
-        try:
-            super().copy_now(kind, copy)
-        except RuntimeError as failure:
-            raise TransferFailed(f"{kind} of {len(copy.gpu_pages)} pages: {failure}") from None
-
-    def poll(self) -> list[Finished]:
-        ended = [job for job in self._jobs if job.done.query()]
-        self._jobs = [job for job in self._jobs if job not in ended]
-        for job in ended:
-            torch.cuda.current_stream(self.pool.device).wait_event(job.done)
-        return [Finished(job.kind, job.ticket, job.error) for job in ended]
-
-    def pending(self) -> int:
-        return len(self._jobs)
-
-    def wait(self) -> None:
-        for job in self._jobs:
-            job.done.synchronize()
-
-
-def make_mover(pool: torch.Tensor, arena: torch.Tensor, fault: Fault | None = None) -> Mover:
-    """The mover for the pool's device."""
-    return (CudaMover if pool.is_cuda else SyncMover)(pool, arena, fault)
-
-
-def runs(left: npt.NDArray[np.int32], right: npt.NDArray[np.int32]) -> list[tuple[int, int, int]]:
-    """(left first, right first, count) of the longest runs in which both ids rise by one: one copy each."""
     assert len(left) == len(right)
-    if len(left) == 0:
-        return []
-    breaks = np.flatnonzero((np.diff(left) != 1) | (np.diff(right) != 1)) + 1
-    firsts = np.concatenate(([0], breaks))
-    counts = np.diff(np.concatenate((firsts, [len(left)])))
-    return [(int(left[i]), int(right[i]), int(count)) for i, count in zip(firsts, counts, strict=True)]
+    broken = (np.diff(left) != 1) | (np.diff(right) != 1)
+    if boundary:
+        broken |= right[1:] % boundary == 0
+    firsts = np.flatnonzero(np.concatenate(([len(left) > 0], broken)))
+    counts = np.diff(np.append(firsts, len(left)))
+    return left[firsts].astype(np.int64), right[firsts].astype(np.int64), counts

@@ -1,7 +1,12 @@
-"""The bytes of both tiers: pages of K and V on the device, and their twins in host memory.
+"""The shape of a page, on the device and in host memory alike, and the device's pool of them.
 
-A page holds all layers of `page_tokens` tokens side by side, so that a page is one contiguous
-piece for the copy engine (1 MiB for 64 tokens of 8 layers x 4 heads x 128 in bf16).
+Sizes were chosen by measurement on an H200 (benchmarks/bench_transfer.py), with the link's 55 GB/s as the goal:
+
+    page    64 tokens of all layers side by side: 1 MiB for 8 layers x 4 heads x 128 in bf16. The copy engine moves
+            whole pages that lie anywhere at 53 GB/s; by layer, 128 KiB, it would be 40.
+    run     up to 16 neighbouring pages of one user, on both sides (csrc/cache/allocator.h): 2 layers of such a run,
+            a strided piece of 4 MiB, move at 53 GB/s, so that a long history can come by groups of layers.
+    chunk   64 MiB of the arena, pinned at once (transfer/arena.py): other calls of CUDA wait 2.5 ms for that.
 """
 
 from __future__ import annotations
@@ -47,16 +52,3 @@ def allocate_pool(shape: PageShape, pages: int, device: torch.device, *, poison:
     if poison:
         pool.fill_(float("nan"))
     return pool
-
-
-def allocate_arena(shape: PageShape, pages: int, *, pinned: bool, poison: bool) -> torch.Tensor:
-    """The host arena [pages, *shape.sizes], pinned for CUDA. Raises ResourceExhausted naming the limit."""
-    try:
-        arena = torch.empty((pages, *shape.sizes), dtype=shape.dtype, pin_memory=pinned and pages > 0)
-    except RuntimeError as error:
-        size = format_bytes(pages * shape.bytes)
-        kind = "pinned host memory (see `ulimit -l`)" if pinned else "host memory"
-        raise ResourceExhausted(f"{size} of {kind} could not be had: {error}", field="host_cache") from None
-    if poison:
-        arena.fill_(float("nan"))
-    return arena

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from mtserve.cache.index import Copy
-from mtserve.transfer.mover import Finished, Mover
+from mtserve.cache.index import Copy, PageIds
+from mtserve.transfer.mover import LOAD, Arrivals, Finished, Mover
 from mtserve.types import Clock
 
 
@@ -18,7 +18,7 @@ class SlowMover(Mover):
 
     def __init__(self, inner: Mover, delay: Callable[[str], float], clock: Clock) -> None:
         """`delay`: asked once a copy, with "load" or "store", for the seconds on `clock` by which it ends late."""
-        super().__init__(inner.pool, inner.arena)
+        super().__init__(inner.pool, inner.arena, chunk_pages=inner.chunk_pages)
         self._inner, self._delay, self._clock = inner, delay, clock
         self._late: dict[tuple[str, int], float] = {}  # (kind, ticket) of slow copies -> seconds
         self._held: list[tuple[float, Finished]] = []  # with the time to tell
@@ -41,6 +41,19 @@ class SlowMover(Mover):
 
     def pending(self) -> int:
         return self._inner.pending() + len(self._held)
+
+    def load_s(self, size: int) -> float:
+        return self._inner.load_s(size)
+
+    def near(self, ticket: int) -> bool:
+        """A late load is not near, however much of it is there."""
+        return (LOAD, ticket) not in self._late and self._inner.near(ticket)
+
+    def arrivals(self, tickets: Collection[int]) -> Arrivals:
+        return self._inner.arrivals(tickets)
+
+    def poison(self, pages: PageIds) -> None:
+        self._inner.poison(pages)
 
     def wait(self) -> None:
         """Block until every copy has ended; what is only held back is held no longer."""

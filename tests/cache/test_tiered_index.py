@@ -4,48 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tiered_index_pool import A, B, Pool, chain_of
 
 from mtserve.cache.index import Busy, Match, TieredIndex
-from mtserve.cache.keys import extend_chain
 from mtserve.errors import CorruptState, FailedPrecondition, InvalidArgument
-
-P = 4
-
-
-def chain_of(tokens) -> np.ndarray:
-    chain = np.zeros(len(tokens), np.uint64)
-    extend_chain(chain, np.array(tokens, np.int64), 1)
-    return chain
-
-
-class Pool:
-    """An index with a clock of its own and short names for the two-phase calls."""
-
-    def __init__(self, gpu: int = 8, host: int = 8, **more) -> None:
-        self.index = TieredIndex(P, gpu, host, clock=lambda: 0.0, **more)
-
-    def begin(self, **chains) -> tuple[int, list[int], list[int], list[list[int]]]:
-        rows = len(chains)
-        cached, stored, table = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.zeros((rows, 10), np.int32)
-        ticket = self.index.begin_batch(list(chains), list(chains.values()), cached, stored, table)
-        self.index.check()
-        return ticket, cached.tolist(), stored.tolist(), table.tolist()
-
-    def put(self, success: bool = True, **chains) -> None:
-        self.index.end_batch(self.begin(**chains)[0], success)
-        self.index.check()
-
-    def store(self, user: str) -> None:
-        plan = self.index.begin_store(user)
-        assert plan is not None
-        self.index.end_store(plan.ticket, True)
-        self.index.check()
-
-    def tokens(self) -> dict[str, tuple[int, int]]:
-        return {user: (gpu, host) for user, gpu, host in self.index.users()}
-
-
-A, B = chain_of(range(30)), chain_of(range(100, 130))
 
 
 def test_a_survey_says_of_each_what_lookup_and_is_busy_say():
@@ -75,7 +37,11 @@ def test_a_survey_sees_a_load_under_way():
     load = pool.index.begin_load("a", A[:8])
     (present,) = pool.index.survey(["a"], [A[:8]])
     assert (present.gpu_tokens, present.host_tokens, present.loading, present.in_batch) == (0, 8, True, False)
+    asked = pool.index.survey(["a", "a", "b", "nobody"], [A[:5], B, B, A])
+    assert present.arriving_tokens == 8
+    assert [each.arriving_tokens for each in asked] == [5, 0, 0, 0]
     pool.index.end_load(load.ticket, True)
+    assert pool.index.survey(["a"], [A[:8]])[0].arriving_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -228,8 +194,6 @@ def test_store_and_load_cover_the_missing_pages_and_the_half_filled_one():
     assert load is not None
     assert (load.first_token, load.tokens, load.host_pages.tolist()) == (4, 10, plan.host_pages.tolist()[:2])
     assert pool.index.lookup("a", A) == Match(4, 14)
-    with pytest.raises(FailedPrecondition, match="load in flight"):
-        pool.begin(c=A[:2], a=A)
     assert pool.index.begin_load("a", A) is None
     assert pool.index.begin_store("a") is None
     pool.index.end_load(load.ticket, True)
@@ -459,21 +423,3 @@ def test_check_finds_what_is_broken(what: str, named: str):
     pool.index._sabotage(what)
     with pytest.raises(CorruptState, match=named):
         pool.index.check()
-
-
-def test_without_the_tail_only_full_pages_are_stored() -> None:
-    pool = Pool()
-    pool.put(a=A[:11], b=B[:3], c=chain_of(range(200, 208)))
-    stores = pool.index.begin_stores(["a", "b", "nobody", "c"], tail=False)
-    assert [(store.user, store.first_token, store.tokens, len(store.gpu_pages)) for store in stores] == [
-        ("a", 0, 8, 2), ("c", 0, 8, 2),
-    ]  # fmt: skip
-    assert pool.index.begin_stores(["a", "c"], tail=True) == []  # under way
-    for store in stores:
-        pool.index.end_store(store.ticket, True)
-    assert pool.index.begin_stores(["a", "c"], tail=False) == []
-    rest = pool.index.begin_stores(["a", "b", "c"])
-    assert [(store.user, store.first_token, store.tokens) for store in rest] == [("a", 8, 11), ("b", 0, 3)]
-    for store in rest:
-        pool.index.end_store(store.ticket, True)
-    pool.index.check()

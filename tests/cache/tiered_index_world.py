@@ -8,54 +8,15 @@ begin and end. So whatever the index calls valid can be compared with what is re
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
+from tiered_index_jobs import Job, Known, Part, Step, common, make_chain
 
-from mtserve.cache.index import Copy, Load, TieredIndex
-from mtserve.cache.keys import extend_chain
+from mtserve.cache.index import Copy, Load, Store, TieredIndex
+from mtserve.errors import FailedPrecondition
 
 WIDTH = 16
-
-
-def make_chain(tokens: list[int]) -> np.ndarray:
-    chain = np.zeros(len(tokens), np.uint64)
-    extend_chain(chain, np.array(tokens, np.int64), 99)
-    return chain
-
-
-def common(a: list[int], b: list[int]) -> int:
-    shared = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        shared += 1
-    return shared
-
-
-@dataclass
-class Known:
-    """What the model says one user has."""
-
-    chain: list[int]
-    gpu: int = 0
-    host: int = 0
-
-    def cut(self) -> None:
-        del self.chain[max(self.gpu, self.host) :]
-
-
-@dataclass
-class Job:
-    kind: str
-    ticket: int
-    users: list[Known]
-    steps: list[Callable[[], None]]  # work on bytes still to do
-    verify: Callable[[], None] = lambda: None
-    chains: list[list[int]] = field(default_factory=list)
-    stored: list[int] = field(default_factory=list)
-    tokens: int = 0
 
 
 class World:
@@ -83,143 +44,224 @@ class World:
             for page in self.index.drain_freed(tier).tolist():
                 self.pages[tier][page] = [None] * self.size
 
-    def holds(self, tier: str, ids: list[int], chain: list[int], tokens: int) -> None:
-        """Asserts that the pages really hold the states of the first `tokens` tokens."""
-        for t in range(tokens):
-            assert self.pages[tier][ids[t // self.size]][t % self.size] == chain[t], (tier, t)
+    def holds(self, tier: str, ids: list[int], chain: list[int], tokens: range) -> None:
+        """Asserts that the pages, the first of which has token `tokens.start`, hold the states of those tokens."""
+        first = tokens.start // self.size
+        for t in tokens:
+            assert self.pages[tier][ids[t // self.size - first]][t % self.size] == chain[t], (tier, t)
 
-    # ---- operations
+    def part(self, kind: str, known: Known | None) -> Part | None:
+        """The user's part of the open job of that kind."""
+        parts = [part for job in self.jobs if job.kind == kind for part in job.parts if part.known is known]
+        return parts[0] if parts else None
+
+    def is_live(self, known: Known) -> bool:
+        return self.known.get(known.user) is known
+
+    # ---- batches
 
     def begin_batch(self, users: list[str], tokens: list[list[int]]) -> Job:
         chains = [make_chain(row) for row in tokens]
-        values = [chain.tolist() for chain in chains]
         cached, stored = np.full(len(users), -9, np.int32), np.full(len(users), -9, np.int32)
         table = np.full((len(users), WIDTH), -9, np.int32)
-        known = [self.known.setdefault(user, Known([])) for user in users]
-        for user, chain in zip(known, values, strict=True):
-            self.correct(user, chain)
+        known = [self.known.setdefault(user, Known(user)) for user in users]
+        for user, chain in zip(known, chains, strict=True):
+            self.correct(user, chain.tolist())
         before = self.index.stats()
         ticket = self.index.begin_batch(users, chains, cached, stored, table)
         self.poison_freed()
-        job = Job("batch", ticket, known, [], chains=values, stored=stored.tolist())
+        rows = zip(known, chains, cached.tolist(), stored.tolist(), table.tolist(), strict=True)
+        job = Job("batch", ticket, [self.member(user, chain.tolist(), *row) for user, chain, *row in rows])
         self.jobs.append(job)
         self.sync(before)
-        rows = table.tolist()
-        for user, chain, c, s, row in zip(known, values, cached.tolist(), stored.tolist(), rows, strict=True):
-            assert c == min(user.gpu, len(chain))
-            assert c <= s <= len(chain)
-            if s < len(chain):
-                assert s % self.size == 0
-                assert self.index.stats().gpu.free == 0
-                self.seen.add("short batch")
-            assert all(page >= 0 for page in row[: self.count(s)])
-            assert all(page == -1 for page in row[self.count(s) :])
-            self.holds("gpu", row, chain, c)
-            job.steps += [self.write(row[t // self.size], t % self.size, chain[t]) for t in range(c, s)]
-        job.verify = lambda: [  # type: ignore[func-returns-value]
-            self.holds("gpu", row, chain, c) for row, chain, c in zip(rows, values, cached.tolist(), strict=True)
-        ]
         return job
 
-    def write(self, page: int, offset: int, value: int) -> Callable[[], None]:
+    def member(self, user: Known, chain: list[int], cached: int, stored: int, row: list[int]) -> Part:
+        """A batch's work for one user: it reads the states of [0, cached) and writes those of [cached, stored)."""
+        load = self.part("load", user)
+        assert cached == min(max(user.gpu, load.tokens if load else 0), len(chain))
+        assert cached <= stored <= len(chain)
+        if stored < len(chain):
+            assert stored % self.size == 0
+            assert self.index.stats().gpu.free == 0
+            self.seen.add("short batch")
+        assert all(page >= 0 for page in row[: self.count(stored)])
+        assert all(page == -1 for page in row[self.count(stored) :])
+
+        def verify() -> None:
+            if part.bytes_arrived and not part.spoiled:
+                self.holds("gpu", row, chain, range(cached))
+
+        writes = [self.write(row[t // self.size], t % self.size, chain[t]) for t in range(cached, stored)]
+        part = Part(user, stored, [verify, *writes], verify, chain, load)
+        part.verify()
+        return part
+
+    def write(self, page: int, offset: int, value: int) -> Step:
         return lambda: self.pages["gpu"][page].__setitem__(offset, value)
 
     def correct(self, user: Known, chain: list[int]) -> None:
         shared = common(user.chain, chain)
-        if shared < min(len(user.chain), len(chain)):
-            user.gpu, user.host = min(user.gpu, shared), min(user.host, shared)
-            user.cut()
-            self.seen.add("correction")
-            for job in self.jobs:
-                if job.kind == "store" and job.users[0] is user:
-                    job.tokens = min(job.tokens, shared)
-                    self.seen.add("correction during store")
+        if shared >= min(len(user.chain), len(chain)):
+            return
+        user.gpu, user.host = min(user.gpu, shared), min(user.host, shared)
+        user.cut()
+        self.seen.add("correction")
+        for kind in ("load", "store"):
+            copy = self.part(kind, user)
+            if copy and copy.tokens > shared:
+                copy.tokens = shared
+                self.seen.add(f"correction during {kind}")
 
-    def begin_copy(self, kind: str, user: str, tokens: list[int]) -> Job | None:
+    # ---- copies
+
+    def begin_load(self, user: str, tokens: list[int]) -> Job | None:
         chain = make_chain(tokens)
         before, known = self.index.stats(), self.known.get(user)
-        busy = self.open_kinds(known)
-        plan: Copy | None
-        if kind == "load":
-            plan = self.index.begin_load(user, chain)
-            target = min(known.host, common(known.chain, chain.tolist())) if known and not busy else 0
-            present = known.gpu if known else 0
-        else:
-            plan = self.index.begin_store(user)
-            target = known.gpu if known and not busy & {"load", "store"} else 0
-            present = known.host if known else 0
+        plan = self.index.begin_load(user, chain)
         self.poison_freed()
+        target = min(known.host, common(known.chain, chain.tolist())) if known and not self.open_kinds(known) else 0
         if plan is None:
             self.sync(before)
-            tier = self.index.stats().gpu if kind == "load" else self.index.stats().host
-            assert target <= present or (tier.free == 0 and present % self.size == 0)
+            present = known.gpu if known else 0
+            assert target <= present or (self.index.stats().gpu.free == 0 and present % self.size == 0)
             return None
-        assert known is not None
-        assert plan.first_token == present < plan.tokens <= target
-        if plan.tokens < target:
-            self.seen.add(f"short {kind}")
-        job = Job(kind, plan.ticket, [known], self.copies(plan), tokens=plan.tokens)
-        self.jobs.append(job)
-        self.sync(before)
-        return job
+        return self.begin_copies([plan], {user: target}, before)[0]
 
-    def copies(self, plan: Copy) -> list[Callable[[], None]]:
+    def begin_stores(self, users: list[str], tail: bool, pages: int) -> list[Job]:
+        before = self.index.stats()
+        target = {}
+        for user, known in self.known.items():
+            idle = not self.open_kinds(known) & {"load", "store"}
+            target[user] = (known.gpu if tail else known.gpu // self.size * self.size) if idle else 0
+        behind = {user for user in users if user in target and target[user] > self.known[user].host}
+        plans, unasked = self.index.begin_stores(users, tail, pages)
+        self.poison_freed()
+        asked = users[: len(users) - len(unasked)]
+        assert asked + list(unasked) == users
+        planned = {plan.user: len(plan.gpu_pages) for plan in plans}
+        assert [plan.user for plan in plans] == [user for user in asked if user in planned]
+        for user in asked:
+            assert pages > 0, "asked on after enough was planned"
+            pages -= planned.get(user, 0)
+        if unasked:
+            assert pages <= 0, "stopped early"
+            self.seen.add("pages planned")
+        jobs = self.begin_copies(plans, target, before)
+        for user in behind & set(asked) - planned.keys():
+            assert self.index.stats().host.free == 0
+            assert self.known[user].host % self.size == 0
+        return jobs
+
+    def begin_copies(self, plans: list[Load] | list[Store], target: dict[str, int], before) -> list[Job]:
+        """Jobs for plans of one call. What these evicted they evicted before the users' own tickets were open."""
+        self.sync(before)
+        jobs = []
+        for plan in plans:
+            known, kind = self.known[plan.user], type(plan).__name__.lower()
+            present = known.gpu if kind == "load" else known.host
+            assert plan.first_token == present < plan.tokens <= target[plan.user]
+            if plan.tokens < target[plan.user]:
+                assert plan.tokens % self.size == 0
+                self.seen.add(f"short {kind}")
+            jobs.append(Job(kind, plan.ticket, [self.copy(plan, known)]))
+        self.jobs += jobs
+        return jobs
+
+    def copy(self, plan: Copy, known: Known) -> Part:
         gpu, host = self.pages["gpu"], self.pages["host"]
         pairs = list(zip(plan.gpu_pages.tolist(), plan.host_pages.tolist(), strict=True))
         assert len(pairs) == self.count(plan.tokens) - plan.first_token // self.size
-        if isinstance(plan, Load):
-            return [lambda g=g, h=h: gpu.__setitem__(g, list(host[h])) for g, h in pairs]
-        return [lambda g=g, h=h: host.__setitem__(h, list(gpu[g])) for g, h in pairs]
+        into, ids = ("gpu", plan.gpu_pages.tolist()) if isinstance(plan, Load) else ("host", plan.host_pages.tolist())
 
-    def advance(self, job: Job, steps: int) -> None:
-        for _ in range(min(steps, len(job.steps))):
-            job.steps.pop(self.rng.randrange(len(job.steps)))()
+        def verify() -> None:
+            if self.is_live(known) and not part.steps:
+                self.holds(into, ids, known.chain, range(plan.first_token, part.tokens))
+
+        steps: list[Step] = [lambda g=g, h=h: gpu.__setitem__(g, list(host[h])) for g, h in pairs]
+        if into == "host":
+            steps = [lambda g=g, h=h: host.__setitem__(h, list(gpu[g])) for g, h in pairs]
+        part = Part(known, plan.tokens, steps, verify)
+        return part
+
+    # ---- ends
 
     def end(self, job: Job, success: bool) -> None:
+        if success and job.loading:
+            self.refuse(job)
+            return
         if success:
-            self.advance(job, len(job.steps))
-        job.verify()
+            job.finish(self.rng)
+        for part in job.parts:
+            part.verify()
         before = self.index.stats()
         self.jobs.remove(job)
-        getattr(self.index, f"end_{job.kind}")(job.ticket, success)
+        told = getattr(self.index, f"end_{job.kind}")(job.ticket, success)
         self.poison_freed()
-        for i, user in enumerate(job.users if success else []):
-            self.publish(job, i, user)
-        if not success:
-            self.seen.add(f"failed {job.kind}")
+        if job.kind == "batch":
+            assert told == [part.known.user for part in job.parts if part.spoiled]
+        if success:
+            for part in job.parts:
+                self.publish(job, part)
+        else:
+            self.seen |= {f"failed {job.kind}"} | ({"failed batch before its load"} if job.loading else set())
+        job.close(success)
         self.sync(before)
 
-    def publish(self, job: Job, i: int, user: Known) -> None:
-        if user not in self.known.values():
+    def refuse(self, job: Job) -> None:
+        """A batch cannot succeed before a load that it was begun over has ended."""
+        before = self.index.stats(), self.index.users()
+        with pytest.raises(FailedPrecondition, match="still open"):
+            self.index.end_batch(job.ticket, True)
+        assert (self.index.stats(), self.index.users()) == before
+        self.index.check()
+        self.seen.add("success before the load")
+
+    def publish(self, job: Job, part: Part) -> None:
+        user = part.known
+        if not self.is_live(user):
             self.seen.add("stale end")
-            return
-        self.seen.add(job.kind)
-        if job.kind == "batch":
-            user.chain.extend(job.chains[i][len(user.chain) : job.stored[i]])
-            user.gpu = max(user.gpu, job.stored[i])
+        elif part.spoiled:
+            self.seen.add("spoiled batch")
+        elif job.kind == "batch":
+            user.chain.extend(part.chain[len(user.chain) : part.tokens])
+            user.gpu = max(user.gpu, part.tokens)
+            self.seen.add("batch over load" if part.load else "batch")
         elif job.kind == "load":
-            user.gpu = max(user.gpu, job.tokens)
+            user.gpu = max(user.gpu, part.tokens)
+            self.seen.add("load")
         else:
-            user.host = max(user.host, job.tokens)
+            user.host = max(user.host, part.tokens)
+            self.seen.add("store")
 
     def invalidate(self, user: str) -> None:
         before, known = self.index.stats(), self.known.pop(user, None)
+        if self.open_kinds(known) >= {"batch", "load"}:
+            self.seen.add("invalidated over load")
         found = self.index.invalidate(user)
         assert found == (known is not None and bool(known.gpu or known.host or self.open_kinds(known)))
         self.poison_freed()
         self.sync(before)
 
+    def grow_host(self, pages: int) -> None:
+        before = self.index.stats()
+        self.index.grow_host(pages)
+        self.pages["host"] |= {before.host.total + i: [None] * self.size for i in range(pages)}
+        grown = before.host._replace(total=before.host.total + pages, free=before.host.free + pages)
+        assert self.index.stats() == before._replace(host=grown)
+        self.sync(before)
+
     # ---- what must hold
 
     def open_kinds(self, user: Known | None) -> set[str]:
-        return {job.kind for job in self.jobs for member in job.users if member is user}
+        return {job.kind for job in self.jobs for part in job.parts if part.known is user}
 
     def sync(self, before) -> None:
         """Everything the index says equals the model, except for evictions, which must be exact and lawful."""
         self.index.check()
         after = self.index.stats()
         rows = {user: (gpu, host) for user, gpu, host in self.index.users()}
-        lost = [0, 0]
+        lost, unsaved = [0, 0], 0
         for user, known in list(self.known.items()):
             gpu, host = rows.pop(user, (0, 0))
             assert gpu <= known.gpu, user
@@ -228,22 +270,31 @@ class World:
                 assert not self.open_kinds(known), f"{user} was evicted while pinned"
             lost[0] += self.count(known.gpu) - self.count(gpu)
             lost[1] += self.count(known.host) - self.count(host)
+            unsaved += len({t // self.size for t in range(gpu, known.gpu) if t >= known.host})
             known.gpu, known.host = gpu, host
             known.cut()
             if not gpu and not host and not self.open_kinds(known):
                 del self.known[user]
         assert not rows, "users the model does not know"
+        self.check_counts(before, after, lost, unsaved)
+
+    def check_counts(self, before, after, lost: list[int], unsaved: int) -> None:
         for pages, old, new in ((lost[0], before.gpu, after.gpu), (lost[1], before.host, after.host)):
             assert new.free + new.used + new.in_flight == new.total
             assert new.evicted_pages - old.evicted_pages == pages
             assert not pages or new.free == 0, "more was evicted than was missing"
             self.evictions += pages
+        assert after.unsaved_pages - before.unsaved_pages == unsaved
+        self.seen |= {"unsaved eviction"} if unsaved else set()
+        self.seen |= {"saved eviction"} if lost[0] > unsaved else set()
 
     def look(self, user: str, tokens: list[int]) -> None:
         chain, known = make_chain(tokens), self.known.get(user)
-        match, busy = self.index.lookup(user, chain), self.index.is_busy(user)
+        busy, (found,) = self.index.is_busy(user), self.index.survey([user], [chain])
         shared = common(known.chain, chain.tolist()) if known else 0
-        assert match.gpu_tokens == (min(known.gpu, shared) if known else 0)
-        assert match.host_tokens == (min(known.host, shared) if known else 0)
+        load = self.part("load", known) if known else None
+        assert found.gpu_tokens == (min(known.gpu, shared) if known else 0)
+        assert found.host_tokens == (min(known.host, shared) if known else 0)
+        assert found.arriving_tokens == (min(load.tokens, shared) if load else 0)
         kinds = self.open_kinds(known) if known else set()
         assert busy == ("load" in kinds, "store" in kinds, "batch" in kinds)

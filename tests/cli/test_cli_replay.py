@@ -54,7 +54,30 @@ def test_replay_prints_tables_and_writes_json_and_plots(
     assert "chaos" not in out
     assert "copies in that failed" not in out
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in plots.iterdir())
-    assert len(list(plots.iterdir())) == 4
+    assert len(list(plots.iterdir())) == 5
+
+
+def test_replay_tells_where_its_time_went(trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "result.json"
+    words = ["replay", trace, "--verify", "0", "--baseline-requests", "4", "--json", str(target), *ENGINE]
+    assert main(words) == 0
+    found = json.loads(target.read_text())
+    lines = capsys.readouterr().out.partition("Where the time went")[2].splitlines()
+    assert any("without: the first 4 requests" in line for line in lines)
+    rows = {cells[1].split(":")[0].strip(): cells[2:-1] for cells in (line.split("│") for line in lines) if cells[2:]}
+    for place, time in ((0, found["time"]), (2, found["baseline"]["time"])):
+        told = {**time["loop"], "wall time": time["wall_s"], "batches under way": time["batches_s"]}
+        told |= {"loads under way": time["load_s"], "stores under way": time["store_s"]}
+        assert {name: float(cells[place]) for name, cells in rows.items()} == pytest.approx(told, abs=6e-4)
+        shares = {name: 100 * seconds / time["wall_s"] for name, seconds in told.items()}
+        assert {name: float(cells[place + 1]) for name, cells in rows.items()} == pytest.approx(shares, abs=0.06)
+
+
+def test_without_a_baseline_its_time_is_left_blank(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", trace, "--verify", "1", "--baseline-requests", "0", *ENGINE]) == 0
+    lines = capsys.readouterr().out.partition("Where the time went")[2].splitlines()
+    (line,) = (line for line in lines if "device: waiting for a batch" in line)
+    assert [cell.strip() for cell in line.split("│")[4:6]] == ["-", "-"]
 
 
 def test_padding_is_shown_where_the_runner_pads(

@@ -13,7 +13,8 @@ from small_models import CAUSAL, small_model
 
 from mtserve.engine.engine import Engine
 from mtserve.errors import InvalidArgument
-from mtserve.transfer.mover import SyncMover
+from mtserve.transfer.chaos import Chaos
+from mtserve.transfer.mover import LOAD, SyncMover
 from mtserve.transfer.slow_mover import SlowMover
 from mtserve.types import ScoreResult
 
@@ -91,6 +92,75 @@ def test_a_storm_leaves_every_score_exact(
         assert seconds.count == ended
         assert seconds.max >= 0.025
     assert w.engine.metrics.distribution("return_seconds").count > 0
+    w.assert_empty()
+
+
+@pytest.mark.parametrize("changes", [{}, CAUSAL], ids=["full", "causal"])
+def test_a_storm_of_batches_over_loads_leaves_every_score_exact(world: Make, changes: dict[str, Any]) -> None:
+    """Batches begin over loads whose bytes come, or fail to, while these are under way; some loads are told late."""
+    w = world(
+        small_model(max_history=24, max_realtime=6, **changes),
+        gpu_pages=12, host_pages=40, page_tokens=3, write_back_queue="2%", write_back_idle_ms=10,
+    )  # fmt: skip
+    w.overlap()
+    chaos = Chaos.parse(STORM)
+    mover = w.delay_copies(late=True, fault=chaos, near_loads=True)
+    w.tiers.mover = SlowMover(mover, chaos.delay, w.clock)
+    users = "abcdef"
+    for user in users:
+        w.put(user, 9)
+    pending: list[Pending] = []
+    verified = 0
+    for _ in range(300):
+        some_request(w, users[w.rng.integers(len(users))], pending)
+        w.clock.now += float(w.rng.random()) * 0.02
+        w.step()
+        for _ in range(int(w.rng.integers(3))):
+            if mover.jobs:
+                mover.release()
+        for each in [each for each in pending if each.future.done()]:
+            each.verify()
+            pending.remove(each)
+            verified += 1
+    for _ in range(200):
+        w.clock.now += 0.03
+        mover.release_all()
+        if not w.step() and not w.engine._core.busy():
+            break
+    for each in pending:
+        each.verify()
+    assert verified > 100
+    assert mover.overlapped > 20
+    assert w.value("loads_failed_total") > 0
+    assert w.value("write_backs_deferred_total") > 0
+    w.assert_empty()
+
+
+@pytest.mark.parametrize("everybody", [False, True], ids=["one", "all"])
+def test_a_load_of_states_since_forgotten_is_waited_for_by_nobody(world: Make, everybody: bool) -> None:
+    w = world(gpu_pages=12, page_tokens=4)
+    w.put("a", 9)
+    w.score("a")
+    w.evict_from_gpu()
+    mover = w.delay_copies(late=True, near_loads=True)
+    slow = SlowMover(mover, lambda kind: 0.05 if kind == LOAD else 0.0, w.clock)  # late, so not near
+    w.tiers.mover = slow
+    first = w.submit("a")
+    w.step()
+    assert w.value("loads_in_flight") == 1
+    assert not first.future.done()
+    w.engine.invalidate(None if everybody else "a")
+    w.step()
+    assert first.verify().encoded_tokens == 11  # over no load
+    assert mover.overlapped == 0
+    assert w.value("loads_in_flight") == 1
+    mover.release_all()
+    w.step()
+    w.clock.now += 1
+    w.run()
+    mover.release_all()
+    w.run()
+    assert w.held("a") == (11, 11)  # as the batch made it; the load published nothing
     w.assert_empty()
 
 
@@ -190,7 +260,7 @@ def test_a_copy_is_timed_and_its_bytes_are_in_flight_until_it_is_polled(world: M
     w.score("a")
     assert (w.value("stores_in_flight"), w.value("store_bytes_in_flight")) == (1, 6 * page)
     stored = w.engine.stats()["transfers"]["store"]
-    assert stored == {"bytes": 0, "gb_per_s": None, "in_flight": 1, "failed": 0}
+    assert stored == {"bytes": 0, "gb_per_s": None, "busy_seconds": 0, "in_flight": 1, "failed": 0}
     w.clock.now += 0.5
     mover.release_all()
     w.run()
@@ -200,6 +270,7 @@ def test_a_copy_is_timed_and_its_bytes_are_in_flight_until_it_is_polled(world: M
     stored = w.engine.stats()["transfers"]["store"]
     assert stored["bytes"] == w.value("store_bytes_total") == 6 * page
     assert stored["gb_per_s"] == pytest.approx(6 * page / 0.5 / 1e9, rel=1e-6)
+    assert stored["busy_seconds"] == pytest.approx(0.5, rel=1e-6)
     assert w.engine.metrics.distribution("load_seconds").count == 0
     assert w.engine.stats()["transfers"]["load"]["gb_per_s"] is None
 

@@ -48,6 +48,7 @@ class EngineMachine(RuleBasedStateMachine):
         batch=st.sampled_from([7, 20, 1000]),
         idle_ms=st.sampled_from([0, 40]),
         slow=st.sampled_from([0.0, 0.0, 0.4]),
+        near_loads=st.booleans(),
         seed=st.integers(0, 999),
     )
     def start(
@@ -60,6 +61,7 @@ class EngineMachine(RuleBasedStateMachine):
         batch: int,
         idle_ms: int,
         slow: float,
+        near_loads: bool,
         seed: int,
     ) -> None:
         self.world = World(
@@ -78,7 +80,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.world.overlap()
         for count, user in enumerate("abcd"):
             self.world.put(user, 6 * count + 3)
-        self.mover: DelayedMover = self.world.delay_copies(late, self._fault)
+        self.mover: DelayedMover = self.world.delay_copies(late, self._fault, near_loads)
         if slow:  # ended copies are told late, too
             chaos = Chaos(slow=slow, slow_s=0.03, seed=seed)
             self.world.tiers.mover = SlowMover(self.mover, chaos.delay, self.world.clock)
@@ -167,7 +169,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         """Let every copy end and every request be answered."""
-        for _ in range(300):
+        for _ in range(2000):
             self.mover.release_all()
             if not self.world.step() and not self.world.tiers.mover.pending():
                 break
@@ -180,10 +182,10 @@ class EngineMachine(RuleBasedStateMachine):
         if self.mover.jobs:
             self.mover.release(which % len(self.mover.jobs))
 
-    @rule(delayed=st.booleans(), failing=st.sampled_from([0, 0, 0, 1, 2, 3]))
-    def switch_copies(self, delayed: bool, failing: int) -> None:
-        """Hold copies back or not; make none, or each first, second or third one fail."""
-        self.delayed, self.failing = delayed, failing
+    @rule(delayed=st.booleans(), failing=st.sampled_from([0, 0, 0, 1, 2, 3]), dear=st.sampled_from([0, 0, 0, 1e-6, 9]))
+    def switch_copies(self, delayed: bool, failing: int, dear: float) -> None:
+        """Hold copies back or not; make none, or each first, second or third one fail; expect loads to take long."""
+        self.delayed, self.failing, self.mover.load_seconds = delayed, failing, dear
 
     @rule(user=st.one_of(USERS, USERS, USERS, st.none()), replace=st.booleans())
     def forget_states(self, user: str | None, replace: bool) -> None:

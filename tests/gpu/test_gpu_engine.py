@@ -7,20 +7,25 @@ The contract in bf16: the relative L2 error of the logits against a full fp32 re
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from engine_world import Pending, World
+from gpu_delays import MS, delay_groups, delay_stream, delay_submissions, group_all_loads
 from kernel_plans import Shape, make_batch
 from small_models import CAUSAL, START_MS, make_behaviours, make_candidates, small_model
 
 from mtserve.cache.index import Copy
 from mtserve.kernels.backend import load_kernels
-from mtserve.transfer.mover import LOAD, STORE, CudaMover
-from mtserve.transfer.pool import PageShape, allocate_arena, allocate_pool
+from mtserve.model.ranking import RankingModel
+from mtserve.transfer.arena import HostArena
+from mtserve.transfer.mover import LOAD, STORE, Finished, Mover
+from mtserve.transfer.pinning import CudaPinning
 from mtserve.types import Request
 
 pytestmark = pytest.mark.gpu
@@ -107,59 +112,6 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
-# Copies
-
-
-@pytest.mark.parametrize("kind", [LOAD, STORE])
-def test_copies_over_the_link_are_exact(kind: str) -> None:
-    shape = PageShape(layers=3, page_tokens=16, heads=2, head_dim=64, dtype=torch.bfloat16)
-    pool = allocate_pool(shape, 70, torch.device(DEVICE, 0), poison=False)
-    arena = allocate_arena(shape, 90, pinned=True, poison=False)
-    assert arena.is_pinned()
-    rng = np.random.default_rng(1)
-    mover = CudaMover(pool, arena)
-    for ticket in range(20):
-        pool.copy_(torch.randn(pool.shape))
-        arena.copy_(torch.randn(arena.shape))
-        inside = rng.permutation(70)[:40].astype(np.int32)
-        outside = rng.permutation(90)[:40].astype(np.int32)
-        source, target = (arena, pool) if kind == LOAD else (pool, arena)
-        expected = target.clone()
-        into, out_of = (inside, outside) if kind == LOAD else (outside, inside)
-        expected[torch.from_numpy(into.astype(np.int64)).to(target.device)] = source[
-            torch.from_numpy(out_of.astype(np.int64)).to(source.device)
-        ].to(target.device)
-        # The stores' source is overwritten by the compute stream right before, and must be waited for.
-        if kind == STORE:
-            pool.mul_(1)
-        mover.submit(kind, [Copy(ticket, "", inside, outside, 0, 0)])
-        mover.wait()
-        (finished,) = mover.poll()
-        assert (finished.ticket, finished.error) == (ticket, None)
-        assert _bytes(target) == _bytes(expected)
-    assert mover.pending() == 0
-
-
-def test_a_store_waits_for_the_compute_that_wrote_its_page() -> None:
-    shape = PageShape(layers=8, page_tokens=64, heads=4, head_dim=128, dtype=torch.bfloat16)
-    pool = allocate_pool(shape, 8, torch.device(DEVICE, 0), poison=True)
-    arena = allocate_arena(shape, 8, pinned=True, poison=True)
-    mover = CudaMover(pool, arena)
-    pages = np.arange(8, dtype=np.int32)
-    large = torch.randn(4096, 4096, device=DEVICE)
-    torch.cuda.synchronize()
-    for value in range(1, 6):
-        busy = large
-        for _ in range(20):
-            busy = busy @ large * 0.01
-        pool.fill_(float(value))
-        mover.submit(STORE, [Copy(value, "", pages, pages, 0, 0)])
-        mover.wait()
-        assert len(mover.poll()) == 1
-        assert bool((arena == value).all())
-        assert bool(torch.isfinite(busy).all())
-
-
 # The engine
 
 
@@ -239,29 +191,47 @@ def test_in_bf16_the_cache_adds_no_error_to_speak_of(world: Make, changes: dict[
         assert _error(pending, expected) <= 1.2 * baseline + 1e-4
 
 
-def test_evict_and_reload_storms_keep_every_byte(world: Make) -> None:
-    """Pages are compared when their copy ends and before anybody else may touch them."""
-    model = small_model(3, layers=8, d=64, heads=4, head_dim=128, max_history=200, max_realtime=20)
-    w = world(model, gpu_pages=26, host_pages=90, page_tokens=16, dtype="bfloat16", tolerance=0.1)
-    mover = w.tiers.mover
-    submitted: dict[tuple[str, int], tuple[Any, Any]] = {}
-    compared = {LOAD: 0, STORE: 0}
-    submit, poll = mover.submit, mover.poll
+class ComparedCopies:
+    """Compares the states that a copy brought when it is told as finished: nobody else may have touched them.
 
-    def noted(kind: str, ticket: int, pool_pages: Any, arena_pages: Any) -> None:
-        submitted[kind, ticket] = (pool_pages.copy().astype(np.int64), arena_pages.copy().astype(np.int64))
-        submit(kind, ticket, pool_pages, arena_pages)
+    What lies behind its tokens in the last page may be another's by then: a batch writes there meanwhile.
+    """
 
-    def checked() -> Any:
-        finished = poll()
+    def __init__(self, mover: Mover, page_tokens: int) -> None:
+        self.compared = {LOAD: 0, STORE: 0}
+        self.open: dict[tuple[str, int], Copy] = {}
+        self._mover, self._page_tokens = mover, page_tokens
+        self._stream = torch.cuda.Stream()  # waits for none of what runs meanwhile
+        self._submit, self._poll = mover.submit, mover.poll
+        mover.submit, mover.poll = self._noted, self._checked  # type: ignore[method-assign]
+
+    def _noted(self, kind: str, copies: Sequence[Copy]) -> None:
+        self.open.update(((kind, copy.ticket), copy) for copy in copies)
+        self._submit(kind, copies)
+
+    def _checked(self) -> list[Finished]:
+        finished = self._poll()
         for job in finished:
-            inside, outside = submitted.pop((job.kind, job.ticket))
-            device_side = mover.pool[torch.from_numpy(inside).to(mover.pool.device)]
-            assert _bytes(device_side) == _bytes(mover.arena[torch.from_numpy(outside)])
-            compared[job.kind] += 1
+            copy = self.open.pop((job.kind, job.ticket))
+            assert job.error is None
+            assert _bytes(self._states(self._mover.pool, copy, copy.gpu_pages)) == _bytes(
+                self._states(self._mover.arena, copy, copy.host_pages)
+            )
+            self.compared[job.kind] += 1
         return finished
 
-    mover.submit, mover.poll = noted, checked
+    def _states(self, tier: torch.Tensor, copy: Copy, ids: Any) -> torch.Tensor:
+        """[tokens, 2, layers, heads, head_dim]: those of tokens [first_token, tokens)."""
+        with torch.cuda.stream(self._stream):
+            pages = tier[torch.from_numpy(ids.astype(np.int64)).to(tier.device)].cpu()
+        begin = copy.first_token // self._page_tokens * self._page_tokens
+        return pages.transpose(1, 3).flatten(0, 1)[copy.first_token - begin : copy.tokens - begin]
+
+
+def test_evict_and_reload_storms_keep_every_byte(world: Make) -> None:
+    model = small_model(3, layers=8, d=64, heads=4, head_dim=128, max_history=200, max_realtime=20)
+    w = world(model, gpu_pages=26, host_pages=90, page_tokens=16, dtype="bfloat16", tolerance=0.1)
+    copies = ComparedCopies(w.tiers.mover, 16)
     for user in "abcdef":
         w.put(user, 90)
     for turn in range(120):
@@ -272,11 +242,205 @@ def test_evict_and_reload_storms_keep_every_byte(world: Make) -> None:
         if turn % 8 == 0:
             pending.verify()
         assert np.isfinite(pending.future.result(0).logits).all()
-    assert compared[LOAD] > 10
-    assert compared[STORE] > 20
-    assert not submitted
+    assert copies.compared[LOAD] > 10
+    assert copies.compared[STORE] > 20
+    assert not copies.open
     w.assert_idle()
     w.assert_empty()
+
+
+# Batches, loads and stores that overlap
+
+# Four groups of one or two layers; a user of 600 tokens has 10 pages.
+OVERLAPPED: dict[str, Any] = {
+    "layers": 6, "d": 128, "heads": 2, "head_dim": 128,
+    "max_history": 2000, "max_realtime": 600, "attention_length": 256,
+}  # fmt: skip
+SIZES: dict[str, Any] = {"page_tokens": 64, "dtype": "bfloat16", "kernels": "cuda", "restore": "load", "seed": 6}
+
+
+def _live(w: World, waiting: int, corrections: bool = True) -> list[Pending]:
+    """The same script for every engine; up to `waiting` requests are left open when the next ones come."""
+    every: list[Pending] = []
+    for index, user in enumerate("abcdef"):
+        w.put(user, 200 + 50 * index)
+    for turn in range(40):
+        for user in w.rng.choice(list("abcdef"), 2, replace=False):
+            w.append(user, int(w.rng.integers(0, 12)))
+            if corrections and turn % 9 == 8:
+                w.truncate(user, len(w.rows[user]) - 2)
+            exposures = START_MS * 2 + w.rng.integers(0, 10**8, 64)
+            every.append(w.submit(str(user), candidates=w.candidates(64, exposures)))
+        _step_until(w, lambda: sum(not each.future.done() for each in every) <= waiting)
+    _step_until(w, lambda: all(each.future.done() for each in every))
+    return every
+
+
+def _step_until(w: World, holds: Callable[[], bool]) -> None:
+    """Step without waiting for any copy, so that batches, loads and stores run side by side."""
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        w.engine.step()
+        w.engine.check()
+
+
+def _errors(pending: list[Pending], truth: list[np.ndarray]) -> list[float]:  # type: ignore[type-arg]
+    """Relative L2 of the logits of each request."""
+    return [_error([each], [expected]) for each, expected in zip(pending, truth, strict=True)]
+
+
+def _delayed(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies both ways and batches begin late at random, a load's last layers above all."""
+    rng = np.random.default_rng(8)
+    mover, runner = w.tiers.mover, w.engine._core._runner
+
+    def cycles(*milliseconds: float) -> int:
+        return int(rng.choice(milliseconds) * MS)
+
+    delay_submissions(mover, lambda kind: cycles(0, 0, 0.3, 3))
+    delay_groups(monkeypatch, mover, lambda load, group: cycles(2, 8) if group == 3 else cycles(0, 0, 1))
+    start = runner.start
+
+    def late(*arguments: Any) -> Any:
+        delay_stream(torch.cuda.current_stream(), cycles(0, 0.5, 4))
+        return start(*arguments)
+
+    runner.start = late
+
+
+def _overlapping(world: Make, monkeypatch: pytest.MonkeyPatch, model: RankingModel, **options: Any) -> World:
+    """An engine with delays everywhere, whose loads all come by groups and cross the ends of chunks of 16 pages."""
+    group_all_loads(monkeypatch)
+    monkeypatch.setattr("mtserve.engine.memory.HostArena", partial(HostArena, chunk_bytes=1))
+    w = world(model, gpu_pages=22, host_pages=90, **SIZES, **options)
+    torch.cuda._sleep(1)  # loads its kernel, which would wait for all streams
+    _delayed(w, monkeypatch)
+    return w
+
+
+@pytest.mark.parametrize("changes", [{}, CAUSAL], ids=["full", "causal"])
+@pytest.mark.parametrize("graphs", ["on", "off"])
+def test_scores_over_late_loads_keep_the_contract(
+    world: Make, monkeypatch: pytest.MonkeyPatch, graphs: str, changes: dict[str, Any]
+) -> None:
+    model = small_model(5, **OVERLAPPED, **changes)
+    plain = _live(world(model, cache="off", **SIZES), waiting=0)
+    w = _overlapping(world, monkeypatch, model, graphs=graphs, write_back_queue="40%")
+    cached = _live(w, waiting=2)
+    assert all(np.array_equal(mine.candidates, its.candidates) for mine, its in zip(cached, plain, strict=True))
+    truth = [each.expected() for each in plain]
+    baseline = _error(plain, truth)
+    assert 1e-4 < baseline < 0.1
+    assert _error(cached, truth) <= 1.2 * baseline + 1e-4
+    assert max(_errors(cached, truth)) <= 2 * max(_errors(plain, truth)) + 1e-4
+    assert w.value("prefix_tokens_total", "host") > 2000
+    assert w.value("batches_over_loads_total") > 0
+    waits = [w.value("load_wait_seconds_total", str(group)) for group in range(4)]
+    assert waits == sorted(waits)
+    assert waits[3] > 0.001
+    _finish(w)
+    for kind in (LOAD, STORE):
+        assert w.value(f"{kind}s_total") > 5
+        assert w.value(f"{kind}s_failed_total") == 0
+    w.assert_idle()
+    w.assert_empty()
+
+
+def test_every_byte_of_copies_beside_late_batches(world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is corrected here: a batch that does so writes what a store under way then copies for nothing."""
+    w = _overlapping(world, monkeypatch, small_model(5, **OVERLAPPED))
+    copies = ComparedCopies(w.tiers.mover, 64)
+    pending = _live(w, waiting=2, corrections=False)
+    assert all(np.isfinite(each.future.result(0).logits).all() for each in pending)
+    _finish(w)
+    assert w.value("batches_over_loads_total") > 0
+    for kind in (LOAD, STORE):
+        assert copies.compared[kind] == w.value(f"{kind}s_total") > 5
+    assert not copies.open
+    w.assert_empty()
+
+
+def test_a_store_begins_only_after_the_batch_that_wrote_its_pages(world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mover waits for no stream: the engine submits a store once it has seen the batch done."""
+    w = _overlapping(world, monkeypatch, small_model(5, **OVERLAPPED))
+    tiers, runner = w.tiers, w.engine._core._runner
+    reserve, start, submit = tiers.reserve, runner.start, tiers.mover.submit
+    reserved: dict[str, range] = {}  # tokens that the batch now being planned will write
+    launched: list[tuple[Any, dict[str, range]]] = []
+    checked = 0
+
+    def noted_reserve(slots: Any) -> Any:
+        nonlocal reserved
+        reservation = reserve(slots)
+        spans = zip(reservation.cached.tolist(), reservation.stored.tolist(), strict=True)
+        reserved = {slot.user_id: range(*span) for slot, span in zip(slots, spans, strict=True)}
+        return reservation
+
+    def noted_start(*arguments: Any) -> Any:
+        delay_stream(torch.cuda.current_stream(), 5 * MS)
+        launched.append((start(*arguments), reserved))
+        return launched[-1][0]
+
+    def checked_submit(kind: str, copies: Sequence[Copy]) -> None:
+        nonlocal checked
+        # Batches before the last two have landed, or these could not have begun; their events are others' by now.
+        for batch, written in launched[-2:] if kind == STORE else []:
+            for copy in copies:
+                span = written.get(copy.user, range(0))
+                if max(span.start, copy.first_token) < min(span.stop, copy.tokens):
+                    assert batch.done.passed()
+                    checked += 1
+        submit(kind, copies)
+
+    tiers.reserve, runner.start, tiers.mover.submit = noted_reserve, noted_start, checked_submit
+    for index, user in enumerate("abcdef"):
+        w.put(user, 200 + 50 * index)
+    for _ in range(40):
+        users = w.rng.choice(list("abcdef"), 2, replace=False)
+        for user in users:
+            w.append(user, int(w.rng.integers(1, 12)))
+        both = [w.submit(str(user)).future for user in users]
+        _step_until(w, lambda open=both: any(future.done() for future in open))
+    _finish(w)
+    assert checked > 20
+    assert w.value("stores_total") > 20
+    w.assert_empty()
+
+
+class SlowPinning(CudaPinning):
+    """As the pinning of a terabyte is."""
+
+    def pin(self, address: int, size: int) -> None:
+        time.sleep(0.01)
+        super().pin(address, size)
+
+
+def test_the_host_tier_is_pinned_while_the_engine_serves(world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtserve.engine.memory.CudaPinning", SlowPinning)
+    monkeypatch.setattr("mtserve.engine.memory.HostArena", partial(HostArena, chunk_bytes=1 << 20))
+    w = world(small_model(), gpu_pages=30, host_pages=40_000, start=True, tolerance=5e-5)
+    end, facts = time.monotonic() + 60, w.engine.stats()["host_memory"]
+    assert 0 < facts["ready_bytes"] < facts["bytes"]
+    for user in "abcdef":
+        w.put(user, 21)
+    rounds = 0
+    while rounds < 5 or facts["ready_bytes"] < facts["bytes"]:
+        assert time.monotonic() < end
+        pending = [w.submit(user) for user in "abcdef"]
+        for each in pending:
+            each.future.result(30)
+            each.verify()
+        rounds, facts = rounds + 1, w.engine.stats()["host_memory"]
+    assert facts["error"] is None
+    assert w.engine.drain(20)
+    assert w.engine.stats()["tiers"]["host"]["pages"]["total"] == 40_000
+    assert w.value("loads_total") > 0
+    arena = w.tiers.mover.arena
+    assert arena[-1].is_pinned()
+    w.assert_empty()
+    w.engine.close()
+    assert not arena[-1].is_pinned()
 
 
 def test_threads_on_a_running_engine(world: Make) -> None:

@@ -12,7 +12,10 @@ from replay_world import small_trace, tiny_model
 
 from mtserve.config import EngineConfig, ModelConfig
 from mtserve.engine.batch import BatchPlan
+from mtserve.engine.memory import Memory
+from mtserve.engine.pace import Pace
 from mtserve.engine.runner import Done, Runner
+from mtserve.engine.stopwatch import PHASES
 from mtserve.errors import InvalidArgument
 from mtserve.model.ranking import RankingModel
 from mtserve.model.schema import Feature, FeatureSchema
@@ -21,14 +24,19 @@ from mtserve.trace.agreement import Difference, Verification, difference, judge,
 from mtserve.trace.features import CATEGORIES, TraceRows
 from mtserve.trace.replay import ReplayResult, replay, size_tiers
 from mtserve.trace.replay_config import ReplayConfig
-from mtserve.trace.report import write_report
+from mtserve.trace.report import require_matplotlib, time_by_phase, write_report
 from mtserve.trace.summary import repeats, summarise
 from mtserve.trace.working_set import resolve_capacity, working_set_pages
+from mtserve.transfer.mover import Arrivals, SyncMover
 
 CPU = EngineConfig(device="cpu", page_tokens=16, gpu_cache="40%ws", host_cache="100%ws", poison_pages=True)
 REQUIRED = {
     "requests", "users", "device", "model", "seed", "commit", "hit_ratio", "latency_ms", "throughput_rps",
-    "baseline", "speedup", "max_score_difference", "agreement", "memory", "loop", "processor", "engine_config",
+    "baseline", "speedup", "max_score_difference", "agreement", "memory", "loop", "processor", "engine_config", "time",
+}  # fmt: skip
+TIMES = {
+    "wall_s", "loop", "batches_s", "load_s", "store_s", "load_gb_per_s", "store_gb_per_s", "batches",
+    "batches_over_loads", "load_wait_s", "loads_declined", "write_backs_deferred", "evicted_unsaved_pages",
 }  # fmt: skip
 
 
@@ -81,6 +89,75 @@ def test_the_summary_has_every_key_and_adds_up(result: ReplayResult) -> None:
     assert memory["load_bytes"] % memory["page_bytes"] == 0
 
 
+def test_the_phases_of_the_loop_are_the_whole_of_its_time(result: ReplayResult) -> None:
+    summary = json.loads(json.dumps(summarise(result)))
+    for run, log in ((summary, result.cached), (summary["baseline"], result.baseline)):
+        time = run["time"]
+        assert set(time) == TIMES
+        assert tuple(time["loop"]) == PHASES
+        assert min(time["loop"].values()) >= 0
+        assert time["loop"]["device"] > 0
+        assert time["wall_s"] == run["wall_s"]
+        assert sum(time["loop"].values()) == pytest.approx(time["wall_s"], rel=0.05, abs=0.02)
+        # A batch is what the loop waits for on the CPU, where none overlaps another.
+        assert time["batches_s"] == pytest.approx(time["loop"]["device"], rel=0.05, abs=0.02)
+        # Only the measured part: the engine ran histories and warm-up before it.
+        assert log is not None
+        assert 0 < time["batches"] == run["batches"] < log.stats["metrics"]["batches_total"]
+        assert sum(time["loop"].values()) < sum(log.stats["loop_seconds"].values())
+
+
+def test_the_time_of_copies_is_told_with_their_speed(result: ReplayResult) -> None:
+    summary = summarise(result)
+    time, memory = summary["time"], summary["memory"]
+    for kind in ("load", "store"):
+        assert 0 < time[f"{kind}_s"] < time["wall_s"]
+        assert time[f"{kind}_gb_per_s"] == pytest.approx(memory[f"{kind}_bytes"] / time[f"{kind}_s"] / 1e9)
+    baseline = summary["baseline"]["time"]
+    assert baseline["load_s"] == baseline["store_s"] == baseline["evicted_unsaved_pages"] == 0
+    assert baseline["load_gb_per_s"] is baseline["store_gb_per_s"] is None
+
+
+def test_what_was_put_off_is_counted_over_the_measured_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the groups of layers of every batch, those of the warm-up included, had waited for loads."""
+    monkeypatch.setattr(Done, "waited", lambda batch: {0: 0.25, 2: 0.5})
+    engine = replace(CPU, write_back_queue="1", write_back_idle_ms=3_600_000)
+    result = replay(small_trace(), tiny_model(), engine, ReplayConfig(concurrency=2, verify=0, baseline_requests=4))
+    summary = summarise(result)
+    for time in (summary["time"], summary["baseline"]["time"]):
+        assert time["batches_over_loads"] == time["batches"] > 0
+        assert time["load_wait_s"] == pytest.approx([0.25 * time["batches"], 0.5 * time["batches"], 0, 0])
+    metrics = result.cached.stats["metrics"]
+    for name in ("write_backs_deferred", "evicted_unsaved_pages"):
+        assert 0 < summary["time"][name] <= metrics[f"{name}_total"]
+        assert summary["baseline"]["time"][name] == 0
+
+
+def test_loads_declined_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SyncMover, "load_s", lambda mover, size: 1e6)
+    monkeypatch.setattr(Pace, "token_s", lambda pace, now: 1e-6)
+    result = replay(small_trace(), tiny_model(), CPU, ReplayConfig(concurrency=2, verify=0, baseline_requests=0))
+    time = summarise(result)["time"]
+    assert time["loads_declined"] > 0
+    assert time["load_s"] == 0
+    assert time["load_gb_per_s"] is None
+
+
+def test_host_memory_is_pinned_before_a_run_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[EngineConfig] = []
+    make = Memory.__init__
+
+    def noted(memory: Memory, config: EngineConfig, *args: Any, **options: Any) -> None:
+        made.append(config)
+        make(memory, config, *args, **options)
+
+    monkeypatch.setattr(Memory, "__init__", noted)
+    options = ReplayConfig(requests=8, verify=0, baseline_requests=0)
+    result = replay(small_trace(), tiny_model(), replace(CPU, host_pinning="background"), options)
+    assert [config.host_pinning for config in made] == ["wait"]
+    assert summarise(result)["engine_config"]["host_pinning"] == "wait"
+
+
 def test_counts_repeat_and_each_request_saw_its_own_history(result: ReplayResult) -> None:
     again = replay(small_trace(), tiny_model(), CPU, ReplayConfig(concurrency=1, verify=0, baseline_requests=0))
     rows = TraceRows(small_trace(), tiny_model().schema)
@@ -97,9 +174,9 @@ def test_the_share_of_padding_is_that_of_the_run_alone(monkeypatch: pytest.Monke
     start = Runner.start
     batches: list[int] = []
 
-    def noted(runner: Runner, plan: BatchPlan) -> Done:
+    def noted(runner: Runner, plan: BatchPlan, arrivals: Arrivals | None = None) -> Done:
         batches.append(plan.rows)
-        return start(runner, plan)
+        return start(runner, plan, arrivals)
 
     def stats(runner: Runner) -> dict[str, Any]:
         padded = sum(-rows % 64 for rows in batches) + (10_000 if batches else 0)
@@ -236,10 +313,28 @@ def test_the_whole_working_set_evicts_nothing() -> None:
     assert ((result.cached.tier == 2) == repeats(trace, trace.requests)).all()
 
 
+def test_the_drawing_of_the_time_has_a_piece_a_phase(result: ReplayResult) -> None:
+    pytest.importorskip("matplotlib")
+    pyplot = require_matplotlib()
+    figure, axes = pyplot.subplots()
+    time_by_phase(axes, result)
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == list(PHASES)
+    names = [tick.get_text() for tick in axes.get_yticklabels()]
+    ours = ["batches under way", "loads under way", "stores under way"]
+    assert [name.partition(",")[0] for name in names] == ["with cache", *ours, "without cache", *ours[:1]]
+    bars = [bar.patches[0].get_width() for bar in axes.containers]
+    loop = np.array(list(summarise(result)["time"]["loop"].values()))
+    assert bars[: len(PHASES)] == pytest.approx(loop / result.cached.seconds)
+    assert bars[len(PHASES) + 1] == pytest.approx(result.cached.counters["batches_s"] / result.cached.seconds)
+    pyplot.close(figure)
+
+
 def test_plots_are_images(result: ReplayResult, tmp_path: Path) -> None:
     image = pytest.importorskip("matplotlib.image")
     paths = write_report(result, tmp_path / "plots")
-    assert {path.name for path in paths} == {"latency_cdf.png", "hit_ratio.png", "tokens_by_tier.png", "memory.png"}
+    names = {"latency_cdf.png", "hit_ratio.png", "tokens_by_tier.png", "memory.png", "time.png"}
+    assert {path.name for path in paths} == names
     for path in paths:
         pixels = image.imread(path)
         assert pixels.shape[0] > 300

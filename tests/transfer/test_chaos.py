@@ -10,8 +10,8 @@ import torch
 
 from mtserve.cache.index import Copy
 from mtserve.errors import InvalidArgument, TransferFailed
-from mtserve.transfer.chaos import Chaos
-from mtserve.transfer.mover import LOAD, STORE, SyncMover
+from mtserve.transfer.chaos import Chaos, ChaosPinning
+from mtserve.transfer.mover import LOAD, STORE, Mover, SyncMover
 from mtserve.transfer.slow_mover import SlowMover
 
 COPIES = 4000
@@ -33,26 +33,34 @@ def fates(chaos: Chaos, kind: str, count: int = COPIES) -> list[bool]:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("fail=0.05,slow=0.02:20ms,seed=7", (0.05, 0.02, 0.02, 7)),
-        ("fail=1", (1, 0, 0, 0)),
-        ("slow=0.5:1.5s", (0, 0.5, 1.5, 0)),
-        (" seed=3, slow=1:60s , fail=0", (0, 1, 60, 3)),
+        ("fail=0.05,slow=0.02:20ms,seed=7", (0.05, 0.02, 0.02, 0, 7)),
+        ("fail=1", (1, 0, 0, 0, 0)),
+        ("slow=0.5:1.5s", (0, 0.5, 1.5, 0, 0)),
+        (" seed=3, slow=1:60s , fail=0", (0, 1, 60, 0, 3)),
+        ("pin=0.25", (0, 0, 0, 0.25, 0)),
+        ("fail=0.05,slow=0.02:20ms,pin=0.1,seed=7", (0.05, 0.02, 0.02, 0.1, 7)),
     ],
 )
-def test_what_is_written_is_what_is_meant(text: str, expected: tuple[float, float, float, int]) -> None:
+def test_what_is_written_is_what_is_meant(text: str, expected: tuple[float, float, float, float, int]) -> None:
     chaos = Chaos.parse(text)
-    assert (chaos.fail, chaos.slow, chaos.slow_s, chaos.seed) == pytest.approx(expected)
+    assert (chaos.fail, chaos.slow, chaos.slow_s, chaos.pin, chaos.seed) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not fail=SHARE, slow=SHARE:TIME or seed=N"),
+        ("", "'' is not fail=SHARE, slow=SHARE:TIME, pin=SHARE or seed=N"),
         ("fail", "'fail' is not fail="),
         ("fail=0.1,", "'' is not fail="),
         ("speed=2", "'speed=2' is not fail="),
         ("fail=0.1,fail=0.2", "fail is given twice"),
-        ("seed=7", "'seed=7' has neither fail nor slow"),
+        ("seed=7", "'seed=7' has none of fail, slow and pin"),
+        ("pin", "'pin' is not fail="),
+        ("pin=0.1,pin=0.1", "pin is given twice"),
+        ("pin=never", "pin 'never' is not a number"),
+        ("pin=1.01", "pin 1.01 is outside 0 to 1"),
+        ("pin=-0.1", "pin -0.1 is outside 0 to 1"),
+        ("pin=nan", "pin nan is outside 0 to 1"),
         ("fail=often", "fail 'often' is not a number"),
         ("fail=1.01", "fail 1.01 is outside 0 to 1"),
         ("fail=-0.1", "fail -0.1 is outside 0 to 1"),
@@ -101,6 +109,59 @@ def test_shares_are_met() -> None:
         assert np.mean(np.array(delays) > 0) == pytest.approx(0.1, abs=deviation)
     assert not any(fates(Chaos.parse("fail=0"), LOAD, 100))
     assert all(fates(Chaos.parse("fail=1"), LOAD, 100))
+
+
+# Pinning
+
+
+class Pins:
+    """A pinning that notes what it is asked to do."""
+
+    def __init__(self) -> None:
+        self.pinned: list[tuple[int, int]] = []
+        self.unpinned: list[int] = []
+
+    def pin(self, address: int, size: int) -> None:
+        self.pinned.append((address, size))
+
+    def unpin(self, address: int) -> None:
+        self.unpinned.append(address)
+
+
+def pin_fates(pinning: ChaosPinning, count: int = COPIES) -> list[bool]:
+    """Whether each of the next chunks fails."""
+
+    def fails(address: int) -> bool:
+        try:
+            pinning.pin(address, 10)
+        except TransferFailed:
+            return True
+        return False
+
+    return [fails(address) for address in range(count)]
+
+
+def test_a_share_of_the_pins_fails_before_anything_is_pinned() -> None:
+    inner = Pins()
+    chaos = Chaos.parse("pin=0.3,seed=4")
+    failed = pin_fates(ChaosPinning(chaos, inner))
+    assert np.mean(failed) == pytest.approx(0.3, abs=5 * math.sqrt(0.3 * 0.7 / COPIES))
+    assert inner.pinned == [(address, 10) for address, each in enumerate(failed) if not each]
+    assert pin_fates(ChaosPinning(Chaos.parse("pin=0.3,fail=0.5,seed=4"), None)) == failed
+    assert pin_fates(ChaosPinning(Chaos.parse("pin=0.3,seed=5"), None)) != failed
+    assert not any(fates(chaos, LOAD, 100))
+
+
+def test_pins_are_undone_without_fail() -> None:
+    inner = Pins()
+    pinning = ChaosPinning(Chaos.parse("pin=1"), inner)
+    with pytest.raises(TransferFailed, match=r"chaos: pinning failed on purpose \(pin=1\)"):
+        pinning.pin(1, 10)
+    assert inner.pinned == []
+    for address in range(50):
+        pinning.unpin(address)
+    assert inner.unpinned == list(range(50))
+    ChaosPinning(Chaos.parse("pin=1"), None).unpin(3)  # where none is needed there is nothing to undo
 
 
 # Slow copies
@@ -170,3 +231,20 @@ def test_whoever_waits_for_all_waits_for_no_pretended_slowness() -> None:
     link.mover.wait()
     assert sorted(link.poll()) == [1, 3, 4]
     assert link.mover.pending() == 0
+
+
+class NearMover(SyncMover):
+    """Tells every load as near."""
+
+    def near(self, ticket: int) -> bool:
+        return True
+
+
+def test_a_late_load_is_not_near_however_much_of_it_is_there() -> None:
+    link = Link(0.3, 0.0, 0.3)
+    inner: Mover = NearMover(link.mover.pool, link.mover.arena)
+    link.mover = SlowMover(inner, lambda kind: link.delays.pop(0), lambda: link.now)
+    link.submit(LOAD, 1, 2)
+    link.submit(STORE, 2)  # a slow store of the same ticket says nothing of the load
+    assert not link.mover.near(1)
+    assert link.mover.near(2)

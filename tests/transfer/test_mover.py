@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
@@ -12,20 +11,31 @@ from hypothesis import strategies as st
 
 from mtserve.cache.index import Copy
 from mtserve.errors import ResourceExhausted, TransferFailed
-from mtserve.transfer.mover import LOAD, STORE, Finished, SyncMover, make_mover, runs
-from mtserve.transfer.pool import PageShape, allocate_arena, allocate_pool
+from mtserve.transfer.arena import HostArena
+from mtserve.transfer.mover import LOAD, STORE, Finished, SyncMover, runs
+from mtserve.transfer.pool import PageShape, allocate_pool
 
 SHAPE = PageShape(layers=2, page_tokens=3, heads=2, head_dim=8, dtype=torch.float32)
 IDS = st.lists(st.integers(0, 30), unique=True, max_size=25)
+# Pages of several users, as the allocators give them out: runs of neighbours, here and there.
+RUNS = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 90), st.integers(1, 40)), max_size=6)
+
+Pieces = list[tuple[int, int, int]]
 
 
-def _ids(values: list[int]) -> np.ndarray:  # type: ignore[type-arg]
+def _ids(values: list[int]) -> npt.NDArray[np.int32]:
     return np.array(values, dtype=np.int32)
+
+
+def _runs(left: list[int], right: list[int], boundary: int = 0) -> Pieces:
+    arrays = runs(_ids(left), _ids(right), boundary)
+    assert {each.dtype for each in arrays} == {np.dtype(np.int64)}
+    return list(zip(*(each.tolist() for each in arrays), strict=True))
 
 
 def _tiers(pages: int = 31, arena_pages: int = 31) -> tuple[torch.Tensor, torch.Tensor]:
     pool = allocate_pool(SHAPE, pages, torch.device("cpu"), poison=False)
-    arena = allocate_arena(SHAPE, arena_pages, pinned=False, poison=False)
+    arena = HostArena(SHAPE, arena_pages, device=None, poison=False).tensor
     generator = torch.Generator().manual_seed(3)
     for tier in (pool, arena):
         tier.copy_(torch.randn(tier.shape, generator=generator))
@@ -33,22 +43,42 @@ def _tiers(pages: int = 31, arena_pages: int = 31) -> tuple[torch.Tensor, torch.
     return pool, arena
 
 
-@given(left=IDS, data=st.data())
-def test_runs_cover_every_pair_once_in_the_longest_pieces(left: list[int], data: st.DataObject) -> None:
-    right = data.draw(st.permutations(left)) if data.draw(st.booleans()) else [each + 7 for each in left]
-    pieces = runs(_ids(left), _ids(right))
+def _assert_pieces(pieces: Pieces, left: list[int], right: list[int], boundary: int) -> None:
+    """Every pair comes once, in its order, and a piece ends only where it must."""
     pairs = [(a + i, b + i) for a, b, count in pieces for i in range(count)]
     assert pairs == list(zip(left, right, strict=True))
-    for (a, b, count), (next_a, next_b, _) in pairwise(pieces):
-        assert (a + count, b + count) != (next_a, next_b)
+    ends = {0}
+    for a, b, count in pieces:
+        assert count > 0
+        assert not boundary or b // boundary == (b + count - 1) // boundary
+        if (a, b) in ends:
+            assert boundary and b % boundary == 0
+        ends = {(a + count, b + count)}
+
+
+@given(left=IDS, data=st.data(), boundary=st.sampled_from([0, 1, 2, 3, 16]))
+def test_runs_cover_every_pair_once_in_the_longest_pieces(left: list[int], data: st.DataObject, boundary: int) -> None:
+    right = data.draw(st.permutations(left)) if data.draw(st.booleans()) else [each + 7 for each in left]
+    _assert_pieces(_runs(left, right, boundary), left, right, boundary)
+
+
+@given(drawn=RUNS, boundary=st.sampled_from([0, 1, 7, 16, 64]))
+def test_long_runs_are_cut_at_the_boundary_alone(drawn: Pieces, boundary: int) -> None:
+    left = [a + i for a, _, count in drawn for i in range(count)]
+    right = [b + i for _, b, count in drawn for i in range(count)]
+    _assert_pieces(_runs(left, right, boundary), left, right, boundary)
 
 
 def test_runs_by_hand() -> None:
-    assert runs(_ids([]), _ids([])) == []
-    assert runs(_ids([4]), _ids([9])) == [(4, 9, 1)]
-    assert runs(_ids([1, 2, 3, 7, 8]), _ids([5, 6, 7, 8, 9])) == [(1, 5, 3), (7, 8, 2)]
-    assert runs(_ids([3, 2, 1]), _ids([3, 2, 1])) == [(3, 3, 1), (2, 2, 1), (1, 1, 1)]
-    assert runs(_ids([1, 2, 3]), _ids([1, 2, 9])) == [(1, 1, 2), (3, 9, 1)]
+    assert _runs([], []) == _runs([], [], 4) == []
+    assert _runs([4], [9]) == [(4, 9, 1)]
+    assert _runs([1, 2, 3, 7, 8], [5, 6, 7, 8, 9]) == [(1, 5, 3), (7, 8, 2)]
+    assert _runs([3, 2, 1], [3, 2, 1]) == [(3, 3, 1), (2, 2, 1), (1, 1, 1)]
+    assert _runs([1, 2, 3], [1, 2, 9]) == [(1, 1, 2), (3, 9, 1)]
+    # A boundary counts on the right alone, and where a run begins at one it cuts nothing.
+    assert _runs([0, 1, 2, 3, 4], [2, 3, 4, 5, 6], 4) == [(0, 2, 2), (2, 4, 3)]
+    assert _runs([3, 4, 5, 6], [8, 9, 10, 11], 4) == [(3, 8, 4)]
+    assert _runs([5, 6, 7], [5, 6, 7], 1) == [(5, 5, 1), (6, 6, 1), (7, 7, 1)]
 
 
 @pytest.mark.parametrize("kind", [LOAD, STORE])
@@ -69,7 +99,12 @@ def test_copies_are_exact_and_touch_nothing_else(kind: str, pool_pages: list[int
     assert source.numpy().tobytes() == kept
 
 
-def test_a_copy_that_fails_in_the_middle_is_reported_once_and_the_rest_goes_on() -> None:
+def _one_page(ticket: int, inside: int, outside: int) -> Copy:
+    return Copy(ticket, "", _ids([inside]), _ids([outside]), 0, 0)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+def test_a_copy_that_fails_in_the_middle_is_reported_once_and_the_rest_goes_on(together: bool) -> None:
     calls = []
 
     def second_fails(kind: str) -> None:
@@ -80,8 +115,11 @@ def test_a_copy_that_fails_in_the_middle_is_reported_once_and_the_rest_goes_on()
     pool, arena = _tiers()
     mover = SyncMover(pool, arena, second_fails)
     before = pool[1].clone()
-    for ticket in range(3):
-        mover.submit(LOAD, [Copy(ticket, "", _ids([ticket]), _ids([ticket + 9]), 0, 0)])
+    copies = [_one_page(ticket, ticket, ticket + 9) for ticket in range(3)]
+    for submitted in [copies] if together else [[copy] for copy in copies]:
+        mover.submit(LOAD, submitted)
+    assert calls == [LOAD] * 3
+    assert mover.pending() == 3
     finished = mover.poll()
     assert [each.ticket for each in finished] == [0, 1, 2]
     assert [each.error is None for each in finished] == [True, False, True]
@@ -92,13 +130,32 @@ def test_a_copy_that_fails_in_the_middle_is_reported_once_and_the_rest_goes_on()
     assert pool[2].numpy().tobytes() == arena[11].numpy().tobytes()
 
 
+def test_no_load_is_near_where_all_end_at_once() -> None:
+    mover = SyncMover(*_tiers())
+    mover.submit(LOAD, [_one_page(1, 2, 3)])
+    assert not mover.near(1)
+    assert not mover.near(9)
+    mover.wait()
+    assert [each.ticket for each in mover.poll()] == [1]
+    assert not mover.near(1)
+
+
+def test_poison_fills_its_pages_alone() -> None:
+    pool, arena = _tiers()
+    expected = pool.clone()
+    expected[[3, 30]] = float("nan")
+    mover = SyncMover(pool, arena)
+    mover.poison(_ids([30, 3]))
+    mover.poison(_ids([]))
+    assert pool.numpy().tobytes() == expected.numpy().tobytes()
+
+
 def test_tiers_of_other_shapes_or_types_are_our_bug() -> None:
     pool, arena = _tiers()
-    with pytest.raises(AssertionError):
-        make_mover(pool, arena[:, :1])
-    with pytest.raises(AssertionError):
-        make_mover(pool, arena.double())
-    make_mover(pool, arena).wait()
+    for wrong in (arena[:, :1], arena.double(), arena[::2]):
+        with pytest.raises(AssertionError):
+            SyncMover(pool, wrong)
+    SyncMover(pool, arena[:9]).wait()
 
 
 def test_page_sizes_add_up() -> None:
@@ -107,14 +164,9 @@ def test_page_sizes_add_up() -> None:
     assert pool.shape == (5, *SHAPE.sizes)
     assert pool.nbytes == 5 * SHAPE.bytes
     assert torch.isnan(pool).all()
-    assert torch.isnan(allocate_arena(SHAPE, 2, pinned=False, poison=True)).all()
-    assert len(allocate_arena(SHAPE, 0, pinned=False, poison=True)) == 0
 
 
 def test_memory_that_cannot_be_had_is_named() -> None:
     with pytest.raises(ResourceExhausted) as caught:
         allocate_pool(SHAPE, 2**50, torch.device("cpu"), poison=False)
     assert caught.value.field == "gpu_cache"
-    with pytest.raises(ResourceExhausted) as caught:
-        allocate_arena(SHAPE, 2**50, pinned=False, poison=False)
-    assert caught.value.field == "host_cache"

@@ -10,6 +10,8 @@ import ctypes
 from functools import cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mtserve.errors import FailedPrecondition
@@ -22,6 +24,14 @@ _L2_PROMOTION_256_BYTES = 3
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _EVENT_DISABLE_TIMING = 2
+_REGISTER_PORTABLE = 1  # pinned for every context, not the current one alone
+_EVENT_WAIT_EXTERNAL = 1
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY
+_UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED
+_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+_MAX_BATCH = 1024  # copies a call: far above what it takes to hide the call, below where drivers slow down
+
+Addresses = npt.NDArray[np.int64]
 
 
 class CudaError(FailedPrecondition):
@@ -32,6 +42,35 @@ class _Attribute(ctypes.Structure):
     """Mirrors CUlaunchAttribute: an id, padded to 8 bytes, and a union of 64, of which our one reads an int."""
 
     _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Copy2D(ctypes.Structure):
+    """Mirrors CUDA_MEMCPY2D."""
+
+    _fields_ = [
+        ("source_x", ctypes.c_size_t),
+        ("source_y", ctypes.c_size_t),
+        ("source_type", ctypes.c_int),
+        ("source_host", ctypes.c_void_p),
+        ("source_device", ctypes.c_uint64),
+        ("source_array", ctypes.c_void_p),
+        ("source_pitch", ctypes.c_size_t),
+        ("to_x", ctypes.c_size_t),
+        ("to_y", ctypes.c_size_t),
+        ("to_type", ctypes.c_int),
+        ("to_host", ctypes.c_void_p),
+        ("to_device", ctypes.c_uint64),
+        ("to_array", ctypes.c_void_p),
+        ("to_pitch", ctypes.c_size_t),
+        ("width", ctypes.c_size_t),
+        ("height", ctypes.c_size_t),
+    ]
+
+
+class _CopyAttributes(ctypes.Structure):
+    """Mirrors CUmemcpyAttributes: an order, hints of where source and destination lie (unused), flags."""
+
+    _fields_ = [("order", ctypes.c_int), ("hints", ctypes.c_int * 4), ("flags", ctypes.c_uint)]
 
 
 class _LaunchConfig(ctypes.Structure):
@@ -75,14 +114,65 @@ def _queue(name: str, *arguments: Any) -> None:
     _check(name, _function(name, True)(*arguments))
 
 
-def copy_to_device(to: int, source: int, size: int, stream: int) -> None:
-    """Queue a copy of `size` bytes from the pinned address `source` to the device's address `to`."""
-    _queue("cuMemcpyHtoDAsync_v2", *map(ctypes.c_void_p, (to, source)), ctypes.c_size_t(size), ctypes.c_void_p(stream))
+def copy(to: int, source: int, size: int, stream: int) -> None:
+    """Queue a copy of `size` bytes from the address `source` to `to`; what is on the host is pinned."""
+    _queue("cuMemcpyAsync", *map(ctypes.c_void_p, (to, source)), ctypes.c_size_t(size), ctypes.c_void_p(stream))
 
 
-def copy_to_host(to: int, source: int, size: int, stream: int) -> None:
-    """Queue a copy of `size` bytes from the device's address `source` to the pinned address `to`."""
-    _queue("cuMemcpyDtoHAsync_v2", *map(ctypes.c_void_p, (to, source)), ctypes.c_size_t(size), ctypes.c_void_p(stream))
+def register_host(address: int, size: int) -> None:
+    """Pin `size` bytes of host memory from `address`, whole pages of the system, for the copies of every device.
+
+    Takes milliseconds, without the interpreter's lock. Raises CudaError; nothing is pinned then.
+    """
+    _call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_uint(_REGISTER_PORTABLE))
+
+
+def unregister_host(address: int) -> None:
+    """Unpin what was pinned from `address`. Takes milliseconds, without the interpreter's lock."""
+    _call("cuMemHostUnregister", ctypes.c_void_p(address))
+
+
+def copy_strided(to: int, source: int, width: int, rows: int, pitch: int, stream: int) -> None:
+    """Queue a copy of `rows` rows of `width` bytes, `pitch` bytes apart at both of the addresses `to` and `source`."""
+    shape = _Copy2D(
+        source_type=_UNIFIED, source_device=source, source_pitch=pitch,
+        to_type=_UNIFIED, to_device=to, to_pitch=pitch, width=width, height=rows,
+    )  # fmt: skip
+    _queue("cuMemcpy2DAsync_v2", ctypes.byref(shape), ctypes.c_void_p(stream))
+
+
+def copy_batch(to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:
+    """Queue many copies: `sizes[i]` bytes, 1 or more, from `source[i]` to `to[i]`; int64 [n] each, in any order.
+
+    One call of the driver for up to a thousand where it knows `cuMemcpyBatchAsync` (from CUDA 12.8 on). `stream` is
+    not the default one. Where it raises CudaError, some may have been queued.
+    """
+    to, source, sizes = [np.ascontiguousarray(each, dtype=np.int64) for each in (to, source, sizes)]
+    for first in range(0, len(to), _MAX_BATCH):
+        some = slice(first, first + _MAX_BATCH)
+        _copy_some(to[some], source[some], sizes[some], stream)
+
+
+def _copy_some(to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:
+    name = _batch_name()
+    if not name:
+        for one in zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True):
+            copy(*one, stream)
+        return
+    lists = [ctypes.c_void_p(each.ctypes.data) for each in (to, source, sizes)]
+    attributes, used_from, failed = _CopyAttributes(order=_STREAM_ORDER), ctypes.c_size_t(0), ctypes.c_size_t()
+    reported = () if name.endswith("_v2") else (ctypes.byref(failed),)
+    _queue(
+        name, *lists, ctypes.c_size_t(len(to)), ctypes.byref(attributes), ctypes.byref(used_from), ctypes.c_size_t(1),
+        *reported, ctypes.c_void_p(stream),
+    )  # fmt: skip
+
+
+@cache
+def _batch_name() -> str:
+    """What this driver calls the copy of many; "" where it has none."""
+    names = ("cuMemcpyBatchAsync_v2", "cuMemcpyBatchAsync")
+    return next((name for name in names if hasattr(_library(keeps_lock=True), name)), "")
 
 
 def launch_graph(executable: int, stream: int) -> None:
@@ -105,13 +195,35 @@ def use_context(context: int) -> None:
 class Event:
     """A place on a stream to wait for; used again and again."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, timed: bool = False) -> None:
         self._handle = ctypes.c_void_p()
-        _call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(_EVENT_DISABLE_TIMING))
+        _call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(0 if timed else _EVENT_DISABLE_TIMING))
 
     def record(self, stream: int) -> None:
         """Mark where the stream stands."""
         _queue("cuEventRecord", self._handle, ctypes.c_void_p(stream))
+
+    def hold_back(self, stream: int, *, external: bool = False) -> None:
+        """What is queued on `stream` from now on waits for what the event marks now.
+
+        `external`: `stream` is being captured, and the graph waits at each launch for what the event marks then.
+        """
+        flags = ctypes.c_uint(_EVENT_WAIT_EXTERNAL if external else 0)
+        _queue("cuStreamWaitEvent", ctypes.c_void_p(stream), self._handle, flags)
+
+    def passed(self) -> bool:
+        """Whether the device has come to where the event was recorded last."""
+        code = _function("cuEventQuery", True)(self._handle)
+        if code == _NOT_READY:
+            return False
+        _check("cuEventQuery", code)
+        return True
+
+    def seconds_since(self, earlier: Event) -> float:
+        """From `earlier` to this one on the device's clock, negative when it was the later; both timed and passed."""
+        milliseconds = ctypes.c_float()
+        _call("cuEventElapsedTime", ctypes.byref(milliseconds), earlier._handle, self._handle)
+        return milliseconds.value / 1000
 
     def synchronize(self) -> None:
         """Wait, without the interpreter's lock, until the device has come to where the event was recorded last."""
@@ -159,7 +271,7 @@ class Function:
             (grid, 1, 1), (threads, 1, 1), self._shared_bytes, torch.cuda.current_stream().cuda_stream,
             ctypes.pointer(attribute), 1,
         )  # fmt: skip
-        _call("cuLaunchKernelEx", ctypes.byref(config), self._handle, addresses, None)
+        _queue("cuLaunchKernelEx", ctypes.byref(config), self._handle, addresses, None)
 
 
 def tensor_map(pointer: int, dtype: torch.dtype, shape: tuple[int, int], box: tuple[int, int]) -> Any:

@@ -1,0 +1,249 @@
+"""The mover on CUDA: the copy engines, one stream a direction, fed by the driver with the interpreter's lock kept.
+
+Pieces and calls were chosen by measurement on an H200 (benchmarks/bench_transfer.py): `cuMemcpyBatchAsync` moves pages
+of 1 MiB that lie anywhere at 53 GB/s each way and 47 both ways at once, of which single copies reach 48 and 37; copies
+of part of a page's layers, strided over a run of pages, reach 51.5 from 2 MiB a piece on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from mtserve.cache.index import Copy, PageIds
+from mtserve.errors import TransferFailed
+from mtserve.kernels.cuda.driver import (
+    CudaError,
+    Event,
+    copy_batch,
+    copy_strided,
+    current_context,
+    use_context,
+)
+from mtserve.transfer.mover import LOAD, STORE, Fault, Finished, Ints, Mover, runs
+
+MAX_GROUPS = 4  # of layers, in which a long load comes; a batch may start over it when half are there
+GROUPED_PIECE_BYTES = 2 << 20  # the least strided piece that keeps the link's rate
+GROUPED_LOAD_BYTES = 8 << 20  # a shorter load is over so soon that groups of it bring nothing
+SUBMISSION_BYTES = 64 << 20  # shorter copies share calls and an event up to here: 1.2 ms of the link
+# Given to the driver at once, each way: with a thousand copies waiting in it, its calls begin to block.
+QUEUED_BYTES = 512 << 20
+LINK_BYTES_PER_S = 50e9  # what loads reach beside write-backs, over PCIe 5 x16
+
+
+@dataclass
+class _Job:
+    ticket: int
+    copy: Copy
+    error: TransferFailed | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Submission:
+    """Jobs that end together: on the last of `events`, one for each group of layers, in the order of the stream.
+
+    Without events the driver does not have them yet.
+    """
+
+    jobs: list[_Job]
+    size: int
+    events: list[Event] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LayerArrivals:
+    """`events[g]` passes when all pages' layers of the g-th group are there, and those of earlier groups."""
+
+    events: list[Event]
+
+    def wait(self) -> None:
+        self.events[-1].synchronize()
+
+
+def layer_groups(layers: int) -> tuple[int, ...]:
+    """The first layer of each group in which long loads come."""
+    groups = min(MAX_GROUPS, layers)
+    return tuple(group * layers // groups for group in range(groups))
+
+
+class _Lane:
+    """One direction: its stream, what the driver has of it, and what waits behind that."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.under_way: deque[_Submission] = deque()
+        self.waiting: deque[_Submission] = deque()
+        self.queued_bytes = 0
+
+    @property
+    def jobs(self) -> int:
+        return sum(len(each.jobs) for each in (*self.under_way, *self.waiting))
+
+
+class CudaMover(Mover):
+    """Copies on two streams of their own, one a direction.
+
+    They wait for nothing on the device: pages are freed, and states are committed, only once the host has seen the
+    work on them done. What reads a load's pages waits for its events.
+    """
+
+    def __init__(
+        self, pool: torch.Tensor, arena: torch.Tensor, fault: Fault | None = None, *, chunk_pages: int = 0
+    ) -> None:
+        super().__init__(pool, arena, fault, chunk_pages=chunk_pages)
+        self._lanes = {kind: _Lane(pool.device) for kind in (LOAD, STORE)}
+        self._poisoning = torch.cuda.Stream(pool.device)
+        self._loads: dict[int, _Submission] = {}  # by ticket, those that the driver has
+        self._finished: list[Finished] = []
+        self._free_events: list[Event] = []
+        self._context = current_context()
+        self._page_bytes = pool[:1].nbytes
+        self._layers = pool.shape[1]
+        self._groups = len(layer_groups(self._layers))
+
+    def submit(self, kind: str, copies: Sequence[Copy]) -> None:
+        use_context(self._context)  # the caller's thread need not have called CUDA before
+        jobs = [_Job(copy.ticket, copy, self._injected(kind)) for copy in copies]
+        self._lanes[kind].waiting.extend(self._submissions(kind, jobs))
+        self._feed()
+
+    def _submissions(self, kind: str, jobs: Sequence[_Job]) -> Iterator[_Submission]:
+        """Neighbours in `jobs` together; a long load by itself, so that its user waits for no other."""
+        together: list[_Job] = []
+        size = 0
+        for job in jobs:
+            alone = kind == LOAD and self._size(job) >= GROUPED_LOAD_BYTES
+            if together and (alone or size >= SUBMISSION_BYTES):
+                yield _Submission(together, size)
+                together, size = [], 0
+            together.append(job)
+            size += self._size(job)
+            if alone:
+                yield _Submission(together, size)
+                together, size = [], 0
+        if together:
+            yield _Submission(together, size)
+
+    def _size(self, job: _Job) -> int:
+        return len(job.copy.gpu_pages) * self._page_bytes
+
+    def _feed(self) -> None:
+        """Give the driver what it has room for."""
+        for kind, lane in self._lanes.items():
+            while lane.waiting and lane.queued_bytes < QUEUED_BYTES:
+                submission = lane.waiting.popleft()
+                # Behind others a load waits anyway; whole pages are a little faster.
+                if kind == LOAD and not lane.under_way and submission.size >= GROUPED_LOAD_BYTES:
+                    self._load_by_groups(submission)
+                else:
+                    self._copy_whole(kind, submission)
+                lane.under_way.append(submission)
+                lane.queued_bytes += submission.size
+                if kind == LOAD:
+                    self._loads.update((job.ticket, submission) for job in submission.jobs)
+
+    def _copy_whole(self, kind: str, submission: _Submission) -> None:
+        """Queue all layers of the jobs' pages; those that are to fail, or do, learn it here."""
+        stream = self._lanes[kind].stream.cuda_stream
+        good = [job for job in submission.jobs if job.error is None]
+        if good:
+            gpu_pages = np.concatenate([job.copy.gpu_pages for job in good])
+            host_pages = np.concatenate([job.copy.host_pages for job in good])
+            inside, outside, counts = self._addresses(gpu_pages, host_pages)
+            target, source = (inside, outside) if kind == LOAD else (outside, inside)
+            try:
+                copy_batch(target, source, counts * self._page_bytes, stream)
+            except CudaError as failure:
+                for job in good:
+                    job.error = TransferFailed(f"{kind} of {len(job.copy.gpu_pages)} pages: {failure}")
+        submission.events.append(self._mark(stream))
+
+    def _load_by_groups(self, submission: _Submission) -> None:
+        """Queue one load, first layers first where its pages lie in runs long enough."""
+        job, groups = submission.jobs[0], self._groups
+        inside, outside, counts = self._addresses(job.copy.gpu_pages, job.copy.host_pages)
+        while groups > 1 and counts.mean() * self._page_bytes < GROUPED_PIECE_BYTES * groups:
+            groups //= 2
+        if groups == 1 or len(submission.jobs) > 1 or job.error is not None:
+            self._copy_whole(LOAD, submission)
+            return
+        stream = self._lanes[LOAD].stream.cuda_stream
+        layer_bytes = self._page_bytes // self._layers
+        bounds = [group * self._layers // groups * layer_bytes for group in range(groups + 1)]
+        pieces = list(zip(inside.tolist(), outside.tolist(), counts.tolist(), strict=True))
+        for first, last in pairwise(bounds):
+            try:
+                for target, source, count in pieces:
+                    copy_strided(target + first, source + first, last - first, count, self._page_bytes, stream)
+            except CudaError as failure:
+                job.error = TransferFailed(f"load of {len(job.copy.gpu_pages)} pages: {failure}")
+            submission.events.append(self._mark(stream))
+
+    def _addresses(self, gpu_pages: PageIds, host_pages: PageIds) -> tuple[Ints, Ints, Ints]:
+        """Each run's address in the pool, in the arena, and its pages."""
+        inside, outside, counts = runs(gpu_pages, host_pages, self.chunk_pages)
+        size = self._page_bytes
+        return inside * size + self.pool.data_ptr(), outside * size + self.arena.data_ptr(), counts
+
+    def poison(self, pages: PageIds) -> None:
+        """On a stream of its own that waits for nobody: what still uses those pages against the rules will show."""
+        with torch.cuda.stream(self._poisoning):
+            self.pool[torch.from_numpy(pages.astype(np.int64)).to(self.pool.device)] = float("nan")
+        for stream in (torch.cuda.current_stream(self.pool.device), *(lane.stream for lane in self._lanes.values())):
+            stream.wait_stream(self._poisoning)
+
+    def _mark(self, stream: int) -> Event:
+        event = self._free_events.pop() if self._free_events else Event()
+        event.record(stream)
+        return event
+
+    def poll(self) -> list[Finished]:
+        use_context(self._context)
+        self._retire()
+        self._feed()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _retire(self) -> None:
+        """Note what has ended; its events are used again."""
+        for kind, lane in self._lanes.items():
+            while lane.under_way and lane.under_way[0].events[-1].passed():
+                submission = lane.under_way.popleft()
+                lane.queued_bytes -= submission.size
+                self._free_events += submission.events
+                self._finished += [Finished(kind, job.ticket, job.error) for job in submission.jobs]
+                if kind == LOAD:
+                    for job in submission.jobs:
+                        self._loads.pop(job.ticket, None)
+
+    def pending(self) -> int:
+        return sum(lane.jobs for lane in self._lanes.values()) + len(self._finished)
+
+    def wait(self) -> None:
+        use_context(self._context)
+        while any(lane.under_way for lane in self._lanes.values()):
+            for lane in self._lanes.values():
+                if lane.under_way:
+                    lane.under_way[0].events[-1].synchronize()
+            self._retire()
+            self._feed()
+
+    def load_s(self, size: int) -> float:
+        return size / LINK_BYTES_PER_S
+
+    def near(self, ticket: int) -> bool:
+        submission = self._loads.get(ticket)
+        if submission is None or submission is not self._lanes[LOAD].under_way[0] or len(submission.events) < 2:
+            return False
+        return submission.jobs[0].error is None and submission.events[len(submission.events) // 2 - 1].passed()
+
+    def arrivals(self, tickets: Collection[int]) -> LayerArrivals:
+        submissions = [self._loads[ticket] for ticket in tickets]
+        last = max(submissions, key=self._lanes[LOAD].under_way.index)  # the stream's earlier ones come before it
+        repeated = self._groups // len(last.events)
+        return LayerArrivals([event for event in last.events for _ in range(repeated)])
