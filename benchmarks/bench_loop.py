@@ -83,8 +83,8 @@ class Timed:
             self._first.record()
             return to_copy(*arguments)
 
-        def start_noted(plan: Any) -> Any:
-            pending = start(plan)
+        def start_noted(*arguments: Any) -> Any:
+            pending = start(*arguments)
             last = torch.cuda.Event(enable_timing=True)
             last.record()
             self.spans.append((self._first, last))
