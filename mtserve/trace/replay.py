@@ -17,7 +17,7 @@ from mtserve.config import EngineConfig
 from mtserve.engine.engine import Engine
 from mtserve.engine.setup import page_shape, resolve_device, resolve_dtype
 from mtserve.engine.transfers import DIRECTIONS
-from mtserve.errors import DeadlineExceeded, InvalidArgument
+from mtserve.errors import CorruptState, DeadlineExceeded, InvalidArgument
 from mtserve.history.memory import MemoryHistory
 from mtserve.metrics import GROUPS
 from mtserve.model.ranking import RankingModel
@@ -34,6 +34,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total)."""
 
 SAMPLE_S = 0.05
+DRAIN_S = 60.0
 WARM_UP_USERS = 8
 COUNTERS = (
     "loads_total", "stores_total", "loads_failed_total", "stores_failed_total", "load_bytes_total",
@@ -174,7 +175,7 @@ def _run(
             driver.drive()
             run.counters = {name: count - before[name] for name, count in _counters(engine).items()}
         run.stats = engine.stats()
-        engine.check()
+        _check_nothing_left(engine)
         if run.stats["device"] != "cpu":
             run.device_peak_bytes = torch.cuda.max_memory_allocated(run.stats["device"])
             torch.cuda.reset_peak_memory_stats(run.stats["device"])
@@ -182,6 +183,16 @@ def _run(
     del engine, driver
     gc.collect()  # the tiers' memory, before the next engine takes its own
     return run, served, run.stats
+
+
+def _check_nothing_left(engine: Engine) -> None:
+    """Raises CorruptState unless every structure is sound and no request, copy or page is in flight once all has ended."""
+    drained = engine.drain(DRAIN_S)
+    engine.check()
+    left = {name: engine.metrics.value(name) for name in ("requests_in_flight", "loads_in_flight", "stores_in_flight")}
+    left |= {name: tier["pages"]["in_flight"] for name, tier in engine.stats()["tiers"].items()}
+    if not drained or any(left.values()):
+        raise CorruptState(f"in flight after the last request: {left}", field="replay")
 
 
 def _put_users(engine: Engine, rows: TraceRows, requests: int, what: str, progress: Progress) -> None:
