@@ -5,8 +5,8 @@
 
 Fails when a test fails, when not a single GPU test ran, when a benchmark's correctness check fails, when a
 replay's scores break the exactness contract, or when too many of the rows that the generated trace's replay computed
-were padding. Writes gpu_check.json and attention.json, product.json, forward.json, loop.json. The EB-NeRD replay needs
-its trace and says so where it is missing.
+were padding, or when too little was found of users who come back all the time. Writes gpu_check.json and NAME.json for
+each benchmark of --benchmarks. The EB-NeRD replay needs its trace and says so where it is missing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,20 @@ from bench_replay import ROOT, ebnerd_trace, replay, sweep, table
 
 from mtserve.provenance import stamp
 
-BENCHMARKS = ("attention", "product", "forward", "loop")
+BENCHMARKS = ("attention", "product", "forward", "loop", "transfer")
 GENERATED = "generated 25%ws"
+RETURNING = "returning 10%ws load"
+RETURNING_HIT_RATIO = 0.985  # least share of prefix tokens found in either tier where users always come back
 PADDED_ROWS_LIMIT = 0.15  # of the rows that a replay computes
+RETURNING_USERS = 40  # of whom the device holds 4 at a time
+# With the host tier off; smaller than the device's; with half of the working set; with all of it.
+RETURNING_SETTINGS = {
+    RETURNING: ("--host-cache", "100%ws", "--restore", "load"),
+    "returning 10%ws, host 100%ws": ("--host-cache", "100%ws"),
+    "returning 10%ws, host 50%ws": ("--host-cache", "50%ws"),
+    "returning 10%ws, host 5%ws": ("--host-cache", "5%ws"),
+    "returning 10%ws, no host": ("--host-cache", "0"),
+}
 
 
 def run_tests() -> dict[str, int]:
@@ -75,7 +86,18 @@ def run_replays(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         generated = generated_trace(Path(folder), options.users, options.requests, options.seed)
         replays[GENERATED] = replay(generated, *common, *capacities, *checks)
+        returning = generated_trace(Path(folder), RETURNING_USERS, 2 * options.requests, options.seed)
+        checks = ["--baseline-requests", "200", "--verify", "2", "--verify-tokens", "4096"]
+        for name, settings in RETURNING_SETTINGS.items():
+            replays[name] = replay(returning, *common, "--gpu-cache", "10%ws", *settings, *checks)
     return replays
+
+
+def check_returning(result: dict[str, Any]) -> None:
+    """Exits unless nearly all of what was encoded once was found again."""
+    found = result["hit_ratio"]["token"]["total"]
+    if not found > RETURNING_HIT_RATIO:
+        sys.exit(f"{RETURNING}: {found:.2%} of the prefix tokens were found; must be above {RETURNING_HIT_RATIO:.1%}")
 
 
 def check_padding(result: dict[str, Any]) -> None:
@@ -95,6 +117,9 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=200, help="users of the generated trace")
     parser.add_argument("--requests", type=int, default=2000, help="requests of the generated trace")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--benchmarks", nargs="*", choices=BENCHMARKS, default=BENCHMARKS, help="which to run besides tests and replays"
+    )
     options = parser.parse_args()
 
     import torch
@@ -103,11 +128,12 @@ def main() -> int:
         sys.exit("no CUDA device here; this check is for a machine that has one")
     options.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"stamp": stamp(seed=options.seed, device="cuda:0"), "tests": run_tests()}
-    for name in BENCHMARKS:
+    for name in options.benchmarks:
         run_benchmark(name, options.out)
     result["replays"] = run_replays(options)
     print(table(result["replays"]))
     check_padding(result["replays"][GENERATED])
+    check_returning(result["replays"][RETURNING])
     target = options.out / "gpu_check.json"
     target.write_text(json.dumps(result, indent=2) + "\n")
     print(f"GPU tests passed: {result['tests']['passed']}; wrote {target.name}")

@@ -28,3 +28,9 @@ def test_wasted_rows_fail_the_check(gpu_check: ModuleType) -> None:
 def test_every_benchmark_it_runs_is_there(gpu_check: ModuleType) -> None:
     for name in gpu_check.BENCHMARKS:
         assert (BENCHMARKS / f"bench_{name}.py").is_file()
+
+
+def test_states_that_were_lost_fail_the_check(gpu_check: ModuleType) -> None:
+    gpu_check.check_returning({"hit_ratio": {"token": {"total": 0.99}}})
+    with pytest.raises(SystemExit, match=r"98\.50% of the prefix tokens were found; must be above 98\.5%"):
+        gpu_check.check_returning({"hit_ratio": {"token": {"total": 0.985}}})

@@ -27,12 +27,13 @@ from mtserve.kernels.cuda.driver import (
 )
 from mtserve.transfer.mover import LOAD, STORE, Fault, Finished, Ints, Mover, runs
 
-MAX_GROUPS = 4  # of layers, in which a long load comes; a batch may start over it when half are there
+MAX_GROUPS = 4  # of layers, in which a long load comes over an idle link
 GROUPED_PIECE_BYTES = 2 << 20  # the least strided piece that keeps the link's rate
 GROUPED_LOAD_BYTES = 8 << 20  # a shorter load is over so soon that groups of it bring nothing
 SUBMISSION_BYTES = 64 << 20  # shorter copies share calls and an event up to here: 1.2 ms of the link
 # Given to the driver at once, each way: with a thousand copies waiting in it, its calls begin to block.
 QUEUED_BYTES = 512 << 20
+ANNOUNCED_BYTES = 16 << 20  # 0.3 ms of the link: what it takes to plan and launch a batch
 LINK_BYTES_PER_S = 50e9  # what loads reach beside write-backs, over PCIe 5 x16
 
 
@@ -43,16 +44,18 @@ class _Job:
     error: TransferFailed | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Submission:
     """Jobs that end together: on the last of `events`, one for each group of layers, in the order of the stream.
 
-    Without events the driver does not have them yet.
+    Without events the driver does not have them yet. `announced` passes when so little of a load is left that a batch
+    should start over it; None where all of it is little.
     """
 
     jobs: list[_Job]
     size: int
     events: list[Event] = field(default_factory=list)
+    announced: Event | None = None
 
 
 @dataclass(frozen=True)
@@ -154,14 +157,23 @@ class CudaMover(Mover):
         if good:
             gpu_pages = np.concatenate([job.copy.gpu_pages for job in good])
             host_pages = np.concatenate([job.copy.host_pages for job in good])
-            inside, outside, counts = self._addresses(gpu_pages, host_pages)
-            target, source = (inside, outside) if kind == LOAD else (outside, inside)
+            cut = 0
+            if kind == LOAD and submission.size >= 2 * ANNOUNCED_BYTES:
+                cut = len(gpu_pages) - ANNOUNCED_BYTES // self._page_bytes
             try:
-                copy_batch(target, source, counts * self._page_bytes, stream)
+                if cut > 0:
+                    self._copy_pages(kind, gpu_pages[:cut], host_pages[:cut])
+                    submission.announced = self._mark(stream)
+                self._copy_pages(kind, gpu_pages[max(0, cut) :], host_pages[max(0, cut) :])
             except CudaError as failure:
                 for job in good:
                     job.error = TransferFailed(f"{kind} of {len(job.copy.gpu_pages)} pages: {failure}")
         submission.events.append(self._mark(stream))
+
+    def _copy_pages(self, kind: str, gpu_pages: PageIds, host_pages: PageIds) -> None:
+        inside, outside, counts = self._addresses(gpu_pages, host_pages)
+        target, source = (inside, outside) if kind == LOAD else (outside, inside)
+        copy_batch(target, source, counts * self._page_bytes, self._lanes[kind].stream.cuda_stream)
 
     def _load_by_groups(self, submission: _Submission) -> None:
         """Queue one load, first layers first where its pages lie in runs long enough."""
@@ -183,6 +195,7 @@ class CudaMover(Mover):
             except CudaError as failure:
                 job.error = TransferFailed(f"load of {len(job.copy.gpu_pages)} pages: {failure}")
             submission.events.append(self._mark(stream))
+        submission.announced = submission.events[groups // 2 - 1]
 
     def _addresses(self, gpu_pages: PageIds, host_pages: PageIds) -> tuple[Ints, Ints, Ints]:
         """Each run's address in the pool, in the arena, and its pages."""
@@ -216,6 +229,8 @@ class CudaMover(Mover):
                 submission = lane.under_way.popleft()
                 lane.queued_bytes -= submission.size
                 self._free_events += submission.events
+                if submission.announced is not None and submission.announced not in submission.events:
+                    self._free_events.append(submission.announced)
                 self._finished += [Finished(kind, job.ticket, job.error) for job in submission.jobs]
                 if kind == LOAD:
                     for job in submission.jobs:
@@ -238,9 +253,10 @@ class CudaMover(Mover):
 
     def near(self, ticket: int) -> bool:
         submission = self._loads.get(ticket)
-        if submission is None or submission is not self._lanes[LOAD].under_way[0] or len(submission.events) < 2:
+        if submission is None or submission is not self._lanes[LOAD].under_way[0] or submission.announced is None:
             return False
-        return submission.jobs[0].error is None and submission.events[len(submission.events) // 2 - 1].passed()
+        good = all(job.error is None for job in submission.jobs if job.ticket == ticket)
+        return good and submission.announced.passed()
 
     def arrivals(self, tickets: Collection[int]) -> LayerArrivals:
         submissions = [self._loads[ticket] for ticket in tickets]
