@@ -29,7 +29,7 @@ from mtserve.trace.generator import GeneratorConfig, generate  # noqa: E402
 from mtserve.trace.replay import ReplayResult, replay  # noqa: E402
 from mtserve.trace.replay_config import ReplayConfig  # noqa: E402
 
-LARGEST_ERROR = 0.1  # of any request; bf16 rounds to 0.01, states of another history differ by 1
+LARGEST_ERROR = 0.05  # of any score; roundings in bf16 make up to 0.015, states of another history several tenths
 COUNTED = (
     "loads_total", "stores_total", "loads_failed_total", "stores_failed_total", "loads_declined_total",
     "batches_over_loads_total", "write_backs_deferred_total", "evicted_unsaved_pages_total", "batches_total",
@@ -88,10 +88,8 @@ def outcome(result: ReplayResult, *, cuda: bool) -> dict[str, Any]:
     agreement, run = result.agreement, result.cached
     checked = agreement.compared if cuda else agreement.verified.cached
     broken = list(agreement.broken)
-    if not checked.max_relative_l2 <= LARGEST_ERROR:
-        broken.append(
-            f"the logits of a request are {checked.max_relative_l2:.2g} (relative L2) from a full recompute's"
-        )
+    if not checked.max_score <= LARGEST_ERROR:
+        broken.append(f"a score is {checked.max_score:.2g} from a full recompute's")
     if checked.requests != run.requests:
         broken.append(f"{run.requests} requests, {checked.requests} checked: {run.first_failure}")
     return {
@@ -99,7 +97,6 @@ def outcome(result: ReplayResult, *, cuda: bool) -> dict[str, Any]:
         "checked": checked.requests,
         "max_score_difference": checked.max_score,
         "relative_l2": checked.relative_l2,
-        "largest_request_relative_l2": checked.max_relative_l2,
         "broken": broken,
         **{name: run.counters[name] for name in COUNTED},
     }
@@ -128,7 +125,7 @@ def main() -> int:
         "totals": totals,
         "wrong": 0,
         "max_score_difference": max(each["max_score_difference"] for each in rounds),
-        "largest_request_relative_l2": max(each["largest_request_relative_l2"] for each in rounds),
+        "largest_relative_l2": max(each["relative_l2"] for each in rounds),
     }
     print(json.dumps(report, indent=2))
     target = options.out or ROOT / "benchmarks" / "results" / f"soak_{options.device}.json"
