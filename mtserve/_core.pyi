@@ -136,6 +136,9 @@ class _BatchLayout:
     ) -> tuple[int, tuple[int, ...]]:
         """The tiles used and the first token of each kind, and of a kind behind the last."""
 
+def _find_runs(left: npt.NDArray[np.int32], right: npt.NDArray[np.int32], boundary: int) -> bytes:
+    """int64 [3, runs]: left firsts, right firsts, counts."""
+
 class HostMemory:
     """One mapping of host memory, all zero, that takes no memory before its pages are populated or written.
 

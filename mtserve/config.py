@@ -175,6 +175,13 @@ class EngineConfig(Config):
     write_back_queue: str = option(
         "1GiB", "states on their way to the host at once; more wait on the device: bytes, or a share of gpu_cache"
     )
+    copy_timeout_ms: int = option(
+        30_000,
+        "a copy between the tiers under way for so long is stuck: its user's states are encoded again",
+        low=10,
+        high=3_600_000,
+        unit="ms",
+    )
     page_tokens: int = option(64, "tokens of a page", low=1, high=1024, unit="tokens")
     policy: str = option("lru", "which users lose their states first", choices=("lru",))
     max_batch_tokens: int = option(

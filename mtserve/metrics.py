@@ -80,6 +80,7 @@ TABLE: tuple[Family, ...] = (
     _counter("load_wait_seconds_total", "by group of layers: seconds from the start of such a batch until its pages had come", "group", GROUPS),
     _counter("write_backs_deferred_total", "times that GPU to host copies began to wait because too many were under way"),
     _counter("loads_declined_total", "prefixes encoded again because that was expected to be sooner than loading them"),
+    _counter("copies_stuck_total", "copies between the tiers that had not ended within copy_timeout_ms"),
     _counter("load_bytes_total", "bytes copied host to GPU"),
     _counter("store_bytes_total", "bytes copied GPU to host"),
     _histogram("load_seconds", "one host to GPU copy from submission to its end being noticed, in seconds", -20, 8),

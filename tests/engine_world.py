@@ -303,9 +303,12 @@ class World:
         core._make_runner = lambda model: OverlappingRunner(make(model))  # type: ignore[method-assign]
         core._runner = OverlappingRunner(core._runner)
 
+    def use_mover(self, mover: Mover) -> None:
+        self.tiers.mover = self.tiers._onload.mover = mover
+
     def delay_copies(self, late: bool = True, fault: Fault | None = None, near_loads: bool = False) -> DelayedMover:
         mover = DelayedMover(self.tiers.mover, late, fault, near_loads=near_loads)
-        self.tiers.mover = mover
+        self.use_mover(mover)
         return mover
 
     def hook(self, op: str, before: Callable[[], None]) -> None:

@@ -278,5 +278,5 @@ NB_MODULE(_core, module) {
     bind_index(module);
     bind_attention_work(module);
     bind_batch_layout(module);
-    bind_host_memory(module);
+    bind_transfer(module);
 }

@@ -1,9 +1,11 @@
-// Python's view of host memory in mtserve._core. Signatures are documented in mtserve/_core.pyi.
+// Python's view of host memory and of runs of pages in mtserve._core. Signatures are documented in mtserve/_core.pyi.
 #include "bindings.h"
 
 #include <cstdint>
 
+#include "../cache/buffers.h"
 #include "host_memory.h"
+#include "runs.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -17,11 +19,27 @@ int get_buffer(PyObject* self, Py_buffer* view, int flags) {
     return PyBuffer_FillInfo(view, self, memory->data(), memory->bytes(), 0, flags);
 }
 
+const int32_t* page_ids(const Buffer& buffer, const char* field) {
+    if (buffer.rank() != 1 || !buffer.holds(4, "il")) throw invalid_argument(field, "needs an int32 array [pages]");
+    return buffer.data<int32_t>();
+}
+
+nb::bytes runs(nb::handle left, nb::handle right, int64_t boundary) {
+    const Buffer from(left, "left", PyBUF_FORMAT), to(right, "right", PyBUF_FORMAT);
+    const int32_t* left_ids = page_ids(from, "left");
+    const int32_t* right_ids = page_ids(to, "right");
+    if (from.extent(0) != to.extent(0)) throw invalid_argument("right", "needs as many pages as left");
+    if (boundary < 0) throw invalid_argument("boundary", std::to_string(boundary) + " is below 0");
+    const std::vector<int64_t> found = find_runs(left_ids, right_ids, from.extent(0), boundary);
+    return nb::bytes(found.data(), found.size() * sizeof(int64_t));
+}
+
 PyType_Slot slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(&get_buffer)}, {0, nullptr}};
 
 }  // namespace
 
-void bind_host_memory(nb::module_& module) {
+void bind_transfer(nb::module_& module) {
+    module.def("_find_runs", &runs, "left"_a, "right"_a, "boundary"_a);
     const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
     nb::class_<HostMemory>(module, "HostMemory", nb::type_slots(slots))
         .def(nb::init<int64_t>(), "bytes"_a)

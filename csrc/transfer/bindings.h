@@ -5,6 +5,6 @@
 
 namespace mtserve {
 
-void bind_host_memory(nanobind::module_& module);
+void bind_transfer(nanobind::module_& module);
 
 }  // namespace mtserve

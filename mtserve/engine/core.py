@@ -16,25 +16,26 @@ import numpy.typing as npt
 from mtserve.cache.index import TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine import setup
-from mtserve.engine.answers import count_scored, make_result
+from mtserve.engine.answers import Answers
 from mtserve.engine.batch import BatchPlan
 from mtserve.engine.job import Job
 from mtserve.engine.memory import Memory
+from mtserve.engine.onload import MAX_LOADS
 from mtserve.engine.pace import Pace
 from mtserve.engine.planner import Planner
 from mtserve.engine.runner import BatchRunner, Done, Pending, Runner
 from mtserve.engine.scheduler import Scheduler, Slot
 from mtserve.engine.sequence import SequenceBuilder, UserSequence
 from mtserve.engine.stopwatch import Stopwatch
-from mtserve.engine.tiers import MAX_LOADS, Reservation, Tiers
-from mtserve.errors import CorruptState, FailedPrecondition
+from mtserve.engine.tiers import Reservation, Tiers
+from mtserve.errors import FailedPrecondition
 from mtserve.kernels.backend import load_kernels
 from mtserve.metrics import Metrics
 from mtserve.model.ranking import RankingModel
 from mtserve.model.weights import fingerprint
 from mtserve.transfer.chaos import Chaos
 from mtserve.transfer.mover import Fault
-from mtserve.types import Clock, History, ScoreResult
+from mtserve.types import Clock, History
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Core:
         self.kernels = setup.resolve_kernels(config, model.config, self.device, self.dtype)
         self._pace = Pace()
         self.stopwatch = Stopwatch()
+        self._answers = Answers(metrics, clock, self.invalidate)
         self._flight: Flight | None = None
         self._forgotten: set[str] = set()  # deleted users with requests in the queue
         self._shape = setup.page_shape(model.config, config, self.dtype)
@@ -239,20 +241,7 @@ class Core:
                 continue
             for job in slot.jobs:
                 job.found(tokens)
-        metrics = self._metrics
-        metrics.count("batches_total")
-        metrics.observe("batch_requests", len(plan.scored))
-        metrics.observe("batch_tokens", plan.tokens)
-        metrics.observe("batch_seconds", seconds)
-        scores = 0.5 * (1.0 + np.tanh(0.5 * logits))
-        finite = bool(np.isfinite(logits).all())
-        now = self._clock()
-        answers = [
-            self._answer(job, logits[a:b], scores[a:b], finite, now)
-            for job, a, b in plan.scored
-            if job.user_id not in spoiled
-        ]
-        count_scored(metrics, [answer for answer in answers if answer is not None])
+        self._answers.give(plan, logits, self.model.config.tasks, seconds, without=spoiled)
 
     def _try_again(self, slot: Slot) -> None:
         """A load failed under the batch: what it computed of this user is void."""
@@ -260,21 +249,6 @@ class Core:
             job.loads, job.loaded_from = MAX_LOADS, -1  # encode instead
         if not slot.partial:  # the jobs of a part are still queued
             self.scheduler.put_back(slot.jobs)
-
-    def _answer(
-        self, job: Job, logits: npt.NDArray[np.float32], scores: npt.NDArray[np.float32], finite: bool, now: float
-    ) -> ScoreResult | None:
-        """Answer `job`; its scores when there are any and somebody still waits for them."""
-        if not finite and not np.isfinite(logits).all():
-            self.invalidate(job.user_id)
-            job.fail(CorruptState(f"scores of user {job.user_id!r} are not finite; the user's states were dropped"))
-            self._metrics.count("failed_total")
-            return None
-        result = make_result(job, logits, scores, self.model.config.tasks, now)
-        if not job.resolve(result):
-            self._metrics.count("cancelled_total")
-            return None
-        return result if len(logits) else None
 
     def _fail(self, slots: Sequence[Slot], reservation: Reservation | None, error: Exception) -> None:
         """A crashed step fails its requests and leaks no page."""
@@ -358,5 +332,7 @@ class Core:
         for job in self.scheduler.clear():
             job.fail(error)
         if self.tiers is not None and self.memory is not None:
-            self.tiers.settle()
-            self.memory.close()
+            if self.tiers.settle():
+                self.memory.close()
+            else:  # memory that a copy may still touch stays as it is until the process ends
+                log.error("closed with a copy between the tiers stuck")

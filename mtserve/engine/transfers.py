@@ -16,18 +16,23 @@ DIRECTIONS = (LOAD, STORE)
 
 @dataclass(frozen=True)
 class Transfer:
-    """One copy under way: its pages' size in bytes, and when it was submitted."""
+    """One copy under way: its size in bytes, when it was submitted, and the device pages that it holds fast."""
 
     user_id: str
     bytes: int
     began: float
+    held_pages: int
 
 
 class Transfers:
     """Counts and times copies, each from its submission until it is polled as finished."""
 
-    def __init__(self, metrics: Metrics, clock: Clock, page_bytes: int) -> None:
-        self._metrics, self._clock, self._page_bytes = metrics, clock, page_bytes
+    def __init__(self, metrics: Metrics, clock: Clock, page_tokens: int, page_bytes: int, timeout_s: float) -> None:
+        """`timeout_s`: a copy under way for longer is stuck."""
+        self._metrics, self._clock, self._timeout_s = metrics, clock, timeout_s
+        self._page_tokens, self._page_bytes = page_tokens, page_bytes
+        self._loading: dict[str, int] = {}  # user -> ticket of the load under way
+        self._stuck: set[int] = set()  # tickets
         self._open: dict[str, dict[int, Transfer]] = {kind: {} for kind in DIRECTIONS}  # by ticket
         self._open_bytes = dict.fromkeys(DIRECTIONS, 0)
         self._busy_since = dict.fromkeys(DIRECTIONS, 0.0)  # of directions with copies under way
@@ -42,11 +47,36 @@ class Transfers:
         now, under_way = self._clock(), self._open[kind]
         if not under_way:
             self._busy_since[kind] = now
-        begun = {copy.ticket: Transfer(copy.user, len(copy.gpu_pages) * self._page_bytes, now) for copy in copies}
+        begun = {copy.ticket: self._transfer(copy, now) for copy in copies}
         under_way.update(begun)
+        if kind == LOAD:
+            self._loading.update((copy.user, copy.ticket) for copy in copies)
         size = sum(transfer.bytes for transfer in begun.values())
         self._open_bytes[kind] += size
         self._metrics.count_many(((f"{kind}s_in_flight", len(begun), ""), (f"{kind}_bytes_in_flight", size, "")))
+
+    def _transfer(self, copy: Copy, now: float) -> Transfer:
+        size = len(copy.gpu_pages) * self._page_bytes
+        return Transfer(copy.user, size, now, -(-copy.tokens // self._page_tokens))
+
+    def loading(self, user_id: str) -> int | None:
+        """Ticket of the load under way that brings the user's present states."""
+        return self._loading.get(user_id)
+
+    def disown(self, user_id: str | None) -> None:
+        """What loads under way bring of this user, or of all, belongs to no later batch."""
+        if user_id is None:
+            self._loading.clear()
+        else:
+            self._loading.pop(user_id, None)
+
+    def is_open(self, ticket: int) -> bool:
+        """Whether this copy is under way."""
+        return any(ticket in under_way for under_way in self._open.values())
+
+    def held(self) -> dict[str, int]:
+        """Device pages that copies under way hold fast, by user."""
+        return {each.user_id: each.held_pages for under_way in self._open.values() for each in under_way.values()}
 
     def ended(self, finished: Sequence[Finished]) -> set[str]:
         """These copies were polled; returns the users whose loads failed."""
@@ -56,13 +86,36 @@ class Transfers:
             if not done:
                 continue
             transfers = [self._open[kind].pop(each.ticket) for each in done]
+            self._stuck.difference_update(each.ticket for each in done)
             failed = [t for t, each in zip(transfers, done, strict=True) if each.error is not None]
             self._count(kind, now, transfers, failed)
             if not self._open[kind]:
                 self._busy_s[kind] += max(0.0, now - self._busy_since[kind])
             if kind == LOAD:
                 unloaded.update(transfer.user_id for transfer in failed)
+                for each, transfer in zip(done, transfers, strict=True):
+                    if self._loading.get(transfer.user_id) == each.ticket:
+                        del self._loading[transfer.user_id]
         return unloaded
+
+    def newly_stuck(self) -> list[tuple[str, str]]:
+        """(kind, user) of copies that have just been under way for too long; each is told once."""
+        latest, found = self._clock() - self._timeout_s, []
+        for kind, under_way in self._open.items():
+            for ticket, transfer in under_way.items():  # oldest first
+                if transfer.began > latest:
+                    break
+                if ticket not in self._stuck:
+                    self._stuck.add(ticket)
+                    found.append((kind, transfer.user_id))
+        if found:
+            self._metrics.count("copies_stuck_total", len(found))
+        return found
+
+    @property
+    def any_stuck(self) -> bool:
+        """Whether a copy that was under way for too long has still not ended."""
+        return bool(self._stuck)
 
     def _count(self, kind: str, now: float, ended: Sequence[Transfer], failed: Sequence[Transfer]) -> None:
         size = sum(transfer.bytes for transfer in ended)

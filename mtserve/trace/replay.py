@@ -35,6 +35,7 @@ Progress = Callable[[str, int, int], None]
 
 SAMPLE_S = 0.05
 DRAIN_S = 60.0
+GAUGES = ("requests_in_flight", "loads_in_flight", "stores_in_flight")
 WARM_UP_USERS = 8
 COUNTERS = (
     "loads_total", "stores_total", "loads_failed_total", "stores_failed_total", "load_bytes_total",
@@ -187,12 +188,17 @@ def _run(
 
 def _check_nothing_left(engine: Engine) -> None:
     """Raises CorruptState unless every structure is sound and no request, copy or page is in flight once all has ended."""
+    end = time.monotonic() + DRAIN_S
     drained = engine.drain(DRAIN_S)
+    while True:
+        left = {name: engine.metrics.value(name) for name in GAUGES}
+        left |= {name: tier["pages"]["in_flight"] for name, tier in engine.stats()["tiers"].items()}
+        if drained and not any(left.values()):
+            break
+        if time.monotonic() > end:
+            raise CorruptState(f"in flight long after the last request: {left}", field="replay")
+        time.sleep(0.01)  # last pages are saved when their users have paused
     engine.check()
-    left = {name: engine.metrics.value(name) for name in ("requests_in_flight", "loads_in_flight", "stores_in_flight")}
-    left |= {name: tier["pages"]["in_flight"] for name, tier in engine.stats()["tiers"].items()}
-    if not drained or any(left.values()):
-        raise CorruptState(f"in flight after the last request: {left}", field="replay")
 
 
 def _put_users(engine: Engine, rows: TraceRows, requests: int, what: str, progress: Progress) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mtserve import _core
 from mtserve.cache.index import Copy, PageIds
 from mtserve.errors import TransferFailed
 
@@ -156,10 +157,5 @@ def runs(left: PageIds, right: PageIds, boundary: int = 0) -> tuple[Ints, Ints, 
 
     `boundary`: no run crosses a multiple of it on the right; 0: any may.
     """
-    assert len(left) == len(right)
-    broken = (np.diff(left) != 1) | (np.diff(right) != 1)
-    if boundary:
-        broken |= right[1:] % boundary == 0
-    firsts = np.flatnonzero(np.concatenate(([len(left) > 0], broken)))
-    counts = np.diff(np.append(firsts, len(left)))
-    return left[firsts].astype(np.int64), right[firsts].astype(np.int64), counts
+    found = np.frombuffer(_core._find_runs(left, right, boundary), np.int64).reshape(3, -1)
+    return found[0], found[1], found[2]

@@ -105,7 +105,7 @@ def test_a_storm_of_batches_over_loads_leaves_every_score_exact(world: Make, cha
     w.overlap()
     chaos = Chaos.parse(STORM)
     mover = w.delay_copies(late=True, fault=chaos, near_loads=True)
-    w.tiers.mover = SlowMover(mover, chaos.delay, w.clock)
+    w.use_mover(SlowMover(mover, chaos.delay, w.clock))
     users = "abcdef"
     for user in users:
         w.put(user, 9)
@@ -144,7 +144,7 @@ def test_a_load_of_states_since_forgotten_is_waited_for_by_nobody(world: Make, e
     w.evict_from_gpu()
     mover = w.delay_copies(late=True, near_loads=True)
     slow = SlowMover(mover, lambda kind: 0.05 if kind == LOAD else 0.0, w.clock)  # late, so not near
-    w.tiers.mover = slow
+    w.use_mover(slow)
     first = w.submit("a")
     w.step()
     assert w.value("loads_in_flight") == 1

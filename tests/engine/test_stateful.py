@@ -83,7 +83,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.mover: DelayedMover = self.world.delay_copies(late, self._fault, near_loads)
         if slow:  # ended copies are told late, too
             chaos = Chaos(slow=slow, slow_s=0.03, seed=seed)
-            self.world.tiers.mover = SlowMover(self.mover, chaos.delay, self.world.clock)
+            self.world.use_mover(SlowMover(self.mover, chaos.delay, self.world.clock))
 
     def _fault(self, kind: str) -> None:
         self.copies += 1

@@ -1,0 +1,140 @@
+"""Which waiting users' states are brought from the host, and when their requests may run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from mtserve.cache.index import Load, Presence, TieredIndex
+from mtserve.config import EngineConfig
+from mtserve.engine.job import Job
+from mtserve.engine.transfers import Transfers
+from mtserve.engine.window import open_window
+from mtserve.metrics import Metrics
+from mtserve.transfer.mover import LOAD, Mover
+
+# Times one request asks for its prefix from the host; evicted again before its batch, it is encoded.
+MAX_LOADS = 2
+
+
+class Onload:
+    """Decides what to load for the first of the waiting jobs. The copies themselves are begun by the tiers."""
+
+    def __init__(
+        self, index: TieredIndex, mover: Mover, transfers: Transfers, config: EngineConfig, metrics: Metrics
+    ) -> None:
+        self._index, self.mover, self._transfers, self._metrics = index, mover, transfers, metrics
+        self._page_tokens = config.page_tokens
+        self._page_bytes = mover.pool[:1].nbytes
+        self._always_load = config.restore == "load"
+        self._failed: set[str] = set()  # users whose loads failed since the last `plan`
+        self._window: dict[str, int] = {}  # users whose turn is near enough to load them -> pages kept for each
+        # What the index says of the jobs in the window, until something changes it.
+        self._surveyed: dict[Job, Presence] = {}
+        self._token_s, self._tokens_ahead = 0.0, 0  # seconds a token; tokens to encode for the jobs ahead of one
+        self._decided: list[Load] = []
+
+    def changed(self) -> None:
+        """A batch or a copy has begun or ended, or states were forgotten: ask the index again."""
+        self._surveyed.clear()
+
+    def failed(self, users: Iterable[str]) -> None:
+        """Loads of these users have failed: encode instead."""
+        self._failed.update(users)
+
+    def cached(self, job: Job) -> int | None:
+        """Prefix tokens of `job` on the device; None while it should wait for room, or for its states to come."""
+        if not self._near(job):
+            return None
+        present = self._presence(job)
+        if present.in_batch or (present.loading and not self._comes(job.user_id)):
+            return None
+        tokens = max(present.gpu_tokens, present.arriving_tokens)
+        if present.host_tokens > tokens and job.loads < MAX_LOADS:
+            return None
+        return tokens
+
+    def _comes(self, user_id: str) -> bool:
+        """Whether the user's load has so little left that a batch should start over it."""
+        ticket = self._transfers.loading(user_id)
+        return ticket is not None and self.mover.near(ticket)
+
+    def _near(self, job: Job) -> bool:
+        return -(-len(job.sequence.chain) // self._page_tokens) <= self._window.get(job.user_id, 0)
+
+    def _presence(self, job: Job) -> Presence:
+        known = self._surveyed.get(job)
+        return known if known is not None else self._index.survey([job.user_id], [job.sequence.chain])[0]
+
+    def plan(self, jobs: Sequence[Job], token_s: float, reserved_pages: int) -> list[Load]:
+        """Loads to start now: of what the host holds of these jobs' prefixes and the device does not.
+
+        Only the first users whose prefixes the device can hold together, beside the `reserved_pages` of the batch under
+        way: more would evict one another. `token_s`: seconds in which the device encodes a token, 0 where not known.
+        """
+        self._open_window(jobs, reserved_pages)
+        self._token_s, self._tokens_ahead, self._decided = token_s, 0, []
+        near = [job for job in jobs if self._near(job)]
+        found = self._index.survey([job.user_id for job in near], [job.sequence.chain for job in near])
+        self._surveyed = dict(zip(near, found, strict=True))
+        for job in near:
+            if self._failed and job.user_id in self._failed:
+                job.loads, job.loaded_from = MAX_LOADS, -1
+            self._visit(job)
+        self._failed.clear()
+        return self._decided
+
+    def _visit(self, job: Job) -> None:
+        present = self._presence(job)
+        if present.loading or present.host_tokens > present.gpu_tokens:
+            self._bring(job, present)
+        comes = 0 < job.loads < MAX_LOADS
+        self._tokens_ahead += job.prefix - (present.host_tokens if comes else present.gpu_tokens)
+        self._tokens_ahead += len(job.candidates)
+
+    def _bring(self, job: Job, present: Presence) -> None:
+        if present.in_batch:
+            return  # what that batch brings is not known yet
+        if job.loads >= MAX_LOADS or job.future.cancelled():
+            return
+        if present.loading:
+            self._share_load(job, present.gpu_tokens)
+        elif self._loads_sooner(job, present):
+            self._begin_load(job, present.gpu_tokens)
+        else:
+            job.loads = MAX_LOADS
+            self._metrics.count("loads_declined_total")
+
+    def _loads_sooner(self, job: Job, present: Presence) -> bool:
+        """Whether the link, after all that it has to bring, is expected to be done before the device could have encoded
+        what waits ahead of the job and then its prefix.
+        """
+        if self._always_load or not self._token_s:
+            return True
+        first, last = present.gpu_tokens // self._page_tokens, -(-present.host_tokens // self._page_tokens)
+        decided = sum(len(load.gpu_pages) for load in self._decided) + last - first
+        load_s = self.mover.load_s(self._transfers.bytes(LOAD) + decided * self._page_bytes)
+        return load_s <= self._token_s * (self._tokens_ahead + job.prefix - present.gpu_tokens + len(job.candidates))
+
+    def _open_window(self, jobs: Sequence[Job], reserved_pages: int) -> None:
+        room, held = len(self.mover.pool) - reserved_pages, self._transfers.held()
+        window = open_window(jobs, room, self._page_tokens, held, idle=not reserved_pages)
+        if any(pages > self._window.get(user_id, 0) for user_id, pages in window.items()):
+            # All of them, the first of them last: what others used since goes first, then whose turn comes last.
+            self._index.touch(list(reversed(window)))
+        self._window = window
+
+    def _begin_load(self, job: Job, gpu_tokens: int) -> None:
+        load = self._index.begin_load(job.user_id, job.sequence.chain)
+        if load is None:
+            if not self._transfers and not self._decided:
+                job.loads = MAX_LOADS  # no copy will end and make room: encode
+            return
+        self._surveyed.clear()  # the load may have evicted others
+        job.loads += 1
+        job.loaded_from = gpu_tokens if job.loaded_from < 0 else min(job.loaded_from, gpu_tokens)
+        self._decided.append(load)
+
+    def _share_load(self, job: Job, gpu_tokens: int) -> None:
+        """A second request of a user whose load is under way waits for the same one."""
+        if job.loads == 0:
+            job.loads, job.loaded_from = 1, gpu_tokens
