@@ -16,6 +16,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- figures: scripts/readme_figures.py -->"
 END = "<!-- end of figures -->"
 
+# Of bench_transfer: who is moved, and where the pages lie.
+CASES = (
+    ("8 users x 4096 tokens", "as allocated"),
+    ("8 users x 4096 tokens", "every page apart"),
+    ("512 users, 50, 700 and 4096 tokens", "as allocated"),
+)
+
 Result = dict[str, Any]
 Lines = list[str]
 
@@ -66,8 +73,36 @@ def cpu_replay_lines(result: Result) -> Lines:
 
 def gpu_replay_lines(result: Result) -> Lines:
     stamp = hardware(result["stamp"])
-    intro = f"`hstu-512`, bfloat16 on the GPU ({stamp}); 'generated' is calibrated-synthetic, 200 users:"
-    return [intro, "", *replay_rows(result["replays"])]
+    intro = [
+        f"`hstu-512`, bfloat16 on the GPU ({stamp}); 'generated' is calibrated-synthetic, 200 users; so is 'returning',",
+        "40 users who come back 100 times each, of whom the GPU holds 4 at a time; 'load' always loads what the host has,",
+        "the others when that is expected to be sooner than encoding it again; uncached: the first 200 requests alone:",
+    ]
+    return [*intro, "", *replay_rows(result["replays"]), *time_lines(result["replays"])]
+
+
+def time_lines(replays: dict[str, Result]) -> Lines:
+    """Where the time of the returning users' replays went."""
+    phases = ("planning", "device", "copies", "answers", "idle")
+    columns = [
+        "replay",
+        "wall, s",
+        *(f"{phase}, %" for phase in phases),
+        "batches / loads / stores under way, %",
+        "loads, GB/s",
+    ]
+    rows = []
+    for name, result in replays.items():
+        spent = result.get("time")
+        if not name.startswith("returning") or spent is None:
+            continue
+        wall = spent["wall_s"]
+        under_way = " / ".join(number(100 * spent[key] / wall, 0) for key in ("batches_s", "load_s", "store_s"))
+        shares = [number(100 * spent["loop"][phase] / wall, 0) for phase in phases]
+        rows.append([name, number(wall, 2), *shares, under_way, number(spent["load_gb_per_s"], 1)])
+    if not rows:
+        return []
+    return ["", "Where that time went (the loop's thread; what is under way overlaps):", "", *table(columns, rows)]
 
 
 def forward_lines(result: Result) -> Lines:
@@ -126,6 +161,41 @@ def loop_lines(result: Result) -> Lines:
     ]
 
 
+def transfer_lines(result: Result) -> Lines:
+    """The movers alone, beside a forward, and what a host hit costs."""
+    columns = ["pages moved by", *(f"{label}, pages {layout}: load / store / both" for label, layout in CASES)]
+    columns += ["forward beside loads / both ways, x", "warm batch beside loads / both ways, x"]
+    rows = []
+    for name in ("engine", "one plain copy", "a copy a page", "kernel, 4 blocks", "kernel, 16 blocks"):
+        cases = [result["alone"][label][layout][name] for label, layout in CASES]
+        rates = [" / ".join(number(case[kind]["gb_per_s"], 1) for kind in ("load", "store", "both")) for case in cases]
+        slowed = [
+            " / ".join(number(result["beside"][what][name][kind]["slowdown"], 2) for kind in ("load", "both"))
+            for what in ("forward", "batch")
+        ]
+        rows.append([name, *rates, *slowed])
+    hit = result["hit"]
+    return [
+        f"Pages of 1 MiB between pinned host memory and GPU, GB/s, medians ({hardware(result['stamp'])}; both: each way, at once;",
+        "beside: how much longer a captured forward, or a whole batch by the engine, takes meanwhile):",
+        "",
+        *table(columns, rows),
+        "",
+        f"A batch of 8 users x 4,096 tokens whose states only the host has: {hit['hit_ms']:.2f} ms from the first request to the",
+        f"last answer, {hit['ratio']:.2f} times its transfer by itself ({hit['transfer_ms']:.2f} ms).",
+    ]
+
+
+def soak_lines(result: Result) -> Lines:
+    totals = result["totals"]
+    return [
+        f"Replays under chaos for {result['minutes']:.0f} minutes: {result['rounds']:,} rounds, {totals['checked']:,} scores of",
+        f"requests held against a full recompute, {result['wrong']} wrong, nothing left in flight;",
+        f"{totals['loads_failed_total']:,.0f} loads and {totals['stores_failed_total']:,.0f} write-backs failed on purpose"
+        f" ({hardware(result['stamp'])}).",
+    ]
+
+
 def planning_lines(result: Result) -> Lines:
     return [
         f"Planning a batch of {result['batch_users']} users (lookup, page allocation, policy, publication) beside",
@@ -150,6 +220,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[Result], Lines]], ...] = (
     ("forward.json", "make gpu-check", forward_lines),
     ("product.json", "make gpu-check", product_lines),
     ("loop.json", "make gpu-check", loop_lines),
+    ("transfer.json", "make gpu-check", transfer_lines),
+    ("soak_cpu.json", "python benchmarks/soak.py", soak_lines),
     ("planning.json", "make bench", planning_lines),
     ("history.json", "make bench", history_lines),
 )
