@@ -26,6 +26,7 @@ from mtserve.transfer.pool import PageShape, allocate_pool  # noqa: E402
 SHAPE = PageShape(layers=8, page_tokens=64, heads=4, head_dim=128, dtype=torch.bfloat16)
 PAGES = 10_240  # of each tier; loads use the front half, stores the other
 KINDS = (LOAD, STORE)
+LONG = [4096] * 8  # tokens of the users moved together
 
 Way = Callable[[str, list[Copy]], Callable[[], None]]
 """Starts copies of one kind; returns what waits for them."""
