@@ -53,6 +53,17 @@ class Onload:
             return None
         return tokens
 
+    def spare(self, job: Job) -> bool:
+        """Whether `job` may be encoded without keeping its states: the device has no room for it before others' turn is
+        over, nothing is on its way for it, and the host has what can be kept of it.
+        """
+        if self._always_load or self._near(job) or job.prefetch or job.future.cancelled():
+            return False
+        present = self._presence(job)
+        if present.loading or present.in_batch:
+            return False
+        return present.host_tokens > present.gpu_tokens
+
     def _comes(self, user_id: str) -> bool:
         """Whether the user's load has so little left that a batch should start over it."""
         ticket = self._transfers.loading(user_id)

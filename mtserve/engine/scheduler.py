@@ -22,12 +22,14 @@ class Slot:
     """One user in a batch: tokens [cached, encode_to) are encoded once for all of the user's jobs.
 
     `encode_to` short of the prefix means a part of a cold prefix: states only, the jobs stay queued.
+    `keep`: whether the states get pages; a batch's slots are alike in that.
     """
 
     sequence: UserSequence
     cached: int
     encode_to: int
     jobs: list[Job] = field(default_factory=list)
+    keep: bool = True
 
     @property
     def user_id(self) -> str:
@@ -168,10 +170,11 @@ class Scheduler:
         self._metrics.count("deadline_exceeded_total")
         return True
 
-    def take(self, cached: Callable[[Job], int | None]) -> list[Slot]:
+    def take(self, cached: Callable[[Job], int | None], spare: Callable[[Job], bool] = lambda job: False) -> list[Slot]:
         """The next batch, its jobs taken out of the queue; jobs of a partial slot stay.
 
-        `cached(job)`: prefix tokens on the device, None while the user's states are under way.
+        `cached(job)`: prefix tokens on the device, None while the user's states are under way. Where no job is ready,
+        those of the first that `spare` allows are encoded whole, without pages: the device would stand still.
         """
         batch = _Batch(self._config, self._static_attention)
         overdue = self._overdue(cached)
@@ -182,6 +185,11 @@ class Scheduler:
             if tokens is not None:
                 batch.offer(job, min(tokens, job.prefix))
         slots = batch.close()
+        if not slots:
+            batch = _Batch(self._config, self._static_attention)
+            for job in filter(spare, self.head()):
+                batch.offer_whole(job)
+            slots = batch.close()
         self.remove(job for slot in slots if not slot.partial for job in slot.jobs)
         return slots
 
@@ -239,6 +247,20 @@ class _Batch:
             cost = part - cached
         self._slots[job.user_id] = slot
         self._spend(cost, cold)
+
+    def offer_whole(self, job: Job) -> None:
+        """Take `job` in without pages, as far as the budget of cold users allows."""
+        slot = self._slots.get(job.user_id)
+        if slot is not None:
+            self._join(slot, job)
+            return
+        slot = Slot(job.sequence, 0, len(job.sequence.chain), [job], keep=False)
+        cost = slot.encode_to + len(job.candidates)
+        if self._requests <= 0 or cost > min(self._tokens, self._cold_tokens):
+            self._too_large.append(slot)
+            return
+        self._slots[job.user_id] = slot
+        self._spend(cost, cold=True)
 
     def close(self) -> list[Slot]:
         """The batch. A job that fits no budget runs by itself, but only when nothing else would run."""

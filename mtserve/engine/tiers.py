@@ -82,6 +82,10 @@ class Tiers:
         """Prefix tokens of `job` on the device; None while it should wait for room, or for its states to come."""
         return self._onload.cached(job)
 
+    def spare(self, job: Job) -> bool:
+        """Whether `job`, which has to wait, loses nothing but its place by being encoded whole and not kept."""
+        return self._onload.spare(job)
+
     def onload(self, jobs: Sequence[Job], token_s: float) -> None:
         """Start bringing what the first of these jobs need from the host; `token_s`: seconds to encode a token."""
         loads = self._onload.plan(jobs, token_s, self._reserved_pages)

@@ -1,0 +1,88 @@
+"""Requests for which the device has no room, encoded whole while it has nothing else to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engine_world import Pending, World
+
+Make = Callable[..., World]
+
+
+def crowded(world: Make, **options: Any) -> tuple[World, Any]:
+    """Users a and b, of 6 pages each, on the host alone; the device has room for one of them."""
+    w = world(gpu_pages=7, host_pages=40, **options)
+    for user in "ab":
+        w.put(user, 21)
+        w.score(user)
+    w.evict_from_gpu()
+    assert [w.held(user)[1] for user in "ab"] == [23, 23]
+    return w, w.delay_copies()
+
+
+def test_who_waits_for_room_is_encoded_while_another_loads(world: Make) -> None:
+    w, mover = crowded(world)
+    first, second = w.submit("a"), w.submit("b")
+    w.run()
+    assert not first.future.done()  # its load is under way
+    result = second.verify()
+    assert (result.gpu_tokens, result.host_tokens, result.encoded_tokens) == (0, 0, 23)
+    assert w.held("b") == (0, 23)  # not kept: the host has it
+    assert w.value("spare_requests_total") == 1
+    mover.release_all()
+    w.run()
+    assert first.verify().encoded_tokens == 0
+    mover.release_all()
+    w.run()
+    w.assert_empty()
+
+
+def test_all_requests_of_one_user_are_encoded_together(world: Make) -> None:
+    w, mover = crowded(world)
+    first, others = w.submit("a"), [w.submit("b", count) for count in (1, 3, 2)]
+    w.run()
+    batches = w.value("batches_total")
+    for each in others:
+        each.verify()
+    assert w.value("spare_requests_total") == 3
+    mover.release_all()
+    w.run()
+    first.verify()
+    assert w.value("batches_total") == batches + 1
+
+
+@pytest.mark.parametrize("restore", ["load", "auto"])
+def test_states_that_nobody_has_yet_wait_for_their_pages(world: Make, restore: str) -> None:
+    """Encoded without pages they would never be saved; and where all is to be loaded, nothing is encoded in place of it."""
+    w, mover = crowded(world, restore=restore)
+    w.put("c", 21)
+    first, stranger, known = w.submit("a"), w.submit("c"), w.submit("b")
+    w.run()
+    assert not first.future.done()
+    assert not stranger.future.done()
+    assert known.future.done() == (restore == "auto")
+    pending: list[Pending] = [first, stranger, known]
+    for _ in range(6):
+        mover.release_all()
+        w.run()
+    for each in pending:
+        each.verify()
+    assert w.value("spare_requests_total") == (1 if restore == "auto" else 0)
+    assert w.held("c")[1] == 23  # saved
+    w.assert_empty()
+
+
+def test_a_prefetch_is_never_encoded_for_nothing(world: Make) -> None:
+    w, mover = crowded(world)
+    first, prefetch = w.submit("a"), w.engine.prefetch("b")
+    w.run()
+    assert not first.future.done()
+    assert not prefetch.done()
+    assert w.value("spare_requests_total") == 0
+    for _ in range(4):
+        mover.release_all()
+        w.run()
+    first.verify()
+    assert prefetch.done()
