@@ -303,6 +303,10 @@ class World:
         core._make_runner = lambda model: OverlappingRunner(make(model))  # type: ignore[method-assign]
         core._runner = OverlappingRunner(core._runner)
 
+    def pace(self, token_s: float) -> None:
+        """Have the engine believe that a token takes so many seconds to encode."""
+        self.engine._core._pace.token_s = lambda now: token_s  # type: ignore[method-assign]
+
     def use_mover(self, mover: Mover) -> None:
         self.tiers.mover = self.tiers._onload.mover = mover
 

@@ -30,7 +30,7 @@ class Onload:
         self._window: dict[str, int] = {}  # users whose turn is near enough to load them -> pages kept for each
         # What the index says of the jobs in the window, until something changes it.
         self._surveyed: dict[Job, Presence] = {}
-        self._token_s, self._tokens_ahead = 0.0, 0  # seconds a token; tokens to encode for the jobs ahead of one
+        self._token_s, self._to_encode = 0.0, 0  # seconds a token; tokens of waiting jobs that nothing brings
         self._decided: list[Load] = []
 
     def changed(self) -> None:
@@ -83,24 +83,20 @@ class Onload:
         way: more would evict one another. `token_s`: seconds in which the device encodes a token, 0 where not known.
         """
         self._open_window(jobs, reserved_pages)
-        self._token_s, self._tokens_ahead, self._decided = token_s, 0, []
         near = [job for job in jobs if self._near(job)]
         found = self._index.survey([job.user_id for job in near], [job.sequence.chain for job in near])
         self._surveyed = dict(zip(near, found, strict=True))
+        self._token_s, self._decided = token_s, []
+        waiting = sum(job.prefix + len(job.candidates) for job in jobs)
+        self._to_encode = waiting - sum(max(each.gpu_tokens, each.arriving_tokens) for each in found)
         for job in near:
             if self._failed and job.user_id in self._failed:
                 job.loads, job.loaded_from = MAX_LOADS, -1
-            self._visit(job)
+            present = self._presence(job)
+            if present.loading or present.host_tokens > present.gpu_tokens:
+                self._bring(job, present)
         self._failed.clear()
         return self._decided
-
-    def _visit(self, job: Job) -> None:
-        present = self._presence(job)
-        if present.loading or present.host_tokens > present.gpu_tokens:
-            self._bring(job, present)
-        comes = 0 < job.loads < MAX_LOADS
-        self._tokens_ahead += job.prefix - (present.host_tokens if comes else present.gpu_tokens)
-        self._tokens_ahead += len(job.candidates)
 
     def _bring(self, job: Job, present: Presence) -> None:
         if present.in_batch:
@@ -116,15 +112,18 @@ class Onload:
             self._metrics.count("loads_declined_total")
 
     def _loads_sooner(self, job: Job, present: Presence) -> bool:
-        """Whether the link, after all that it has to bring, is expected to be done before the device could have encoded
-        what waits ahead of the job and then its prefix.
+        """Whether the link, after all that it has to bring, is expected to be done before the device would be with what
+        else it has to encode, or, where that is less, before it could have encoded the job's own prefix again.
+
+        Both then work all the time, and end together, as long as requests wait.
         """
         if self._always_load or not self._token_s:
             return True
         first, last = present.gpu_tokens // self._page_tokens, -(-present.host_tokens // self._page_tokens)
         decided = sum(len(load.gpu_pages) for load in self._decided) + last - first
         load_s = self.mover.load_s(self._transfers.bytes(LOAD) + decided * self._page_bytes)
-        return load_s <= self._token_s * (self._tokens_ahead + job.prefix - present.gpu_tokens + len(job.candidates))
+        saved, own = present.host_tokens - present.gpu_tokens, job.prefix - present.gpu_tokens + len(job.candidates)
+        return load_s <= self._token_s * max(self._to_encode - saved, own)
 
     def _open_window(self, jobs: Sequence[Job], reserved_pages: int) -> None:
         room, held = len(self.mover.pool) - reserved_pages, self._transfers.held()
@@ -144,6 +143,7 @@ class Onload:
         job.loads += 1
         job.loaded_from = gpu_tokens if job.loaded_from < 0 else min(job.loaded_from, gpu_tokens)
         self._decided.append(load)
+        self._to_encode -= load.tokens - gpu_tokens
 
     def _share_load(self, job: Job, gpu_tokens: int) -> None:
         """A second request of a user whose load is under way waits for the same one."""

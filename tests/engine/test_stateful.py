@@ -182,10 +182,11 @@ class EngineMachine(RuleBasedStateMachine):
         if self.mover.jobs:
             self.mover.release(which % len(self.mover.jobs))
 
-    @rule(delayed=st.booleans(), failing=st.sampled_from([0, 0, 0, 1, 2, 3]), dear=st.sampled_from([0, 0, 0, 1e-6, 9]))
+    @rule(delayed=st.booleans(), failing=st.sampled_from([0, 0, 0, 1, 2, 3]), dear=st.sampled_from([0, 0, 0, 1e-5, 9]))
     def switch_copies(self, delayed: bool, failing: int, dear: float) -> None:
         """Hold copies back or not; make none, or each first, second or third one fail; expect loads to take long."""
         self.delayed, self.failing, self.mover.load_seconds = delayed, failing, dear
+        self.world.pace(1e-6 if dear else 0.0)
 
     @rule(user=st.one_of(USERS, USERS, USERS, st.none()), replace=st.booleans())
     def forget_states(self, user: str | None, replace: bool) -> None:
