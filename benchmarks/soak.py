@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -102,6 +104,15 @@ def outcome(result: ReplayResult, *, cuda: bool) -> dict[str, Any]:
     }
 
 
+def held_by_process() -> dict[str, int]:
+    """Resident memory in MiB and open file descriptors; nothing where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return {"rss_mib": pages * os.sysconf("SC_PAGE_SIZE") >> 20, "open_files": len(os.listdir("/proc/self/fd"))}
+    except OSError:
+        return {}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
@@ -112,18 +123,30 @@ def main() -> int:
     options = parser.parse_args()
     cuda, began, rounds = options.device == "cuda", time.monotonic(), []
     while not rounds or (time.monotonic() - began < 60 * options.minutes and len(rounds) != options.rounds):
-        each = run_round(options.seed + len(rounds), cuda=cuda)
+        seed = options.seed + len(rounds)
+        try:
+            each = run_round(seed, cuda=cuda) | held_by_process()
+        except Exception:
+            print(f"seed {seed} failed", flush=True)
+            raise
         rounds.append(each)
         print(json.dumps(each), flush=True)
         if each["broken"]:
             return 1
     totals = {name: sum(each[name] for each in rounds) for name in ("requests", "checked", *COUNTED)}
+    # The first rounds load what is loaded once; medians, as rounds differ in size.
+    held = {
+        name: [statistics.median(each[name] for each in part) for part in (rounds[10:110], rounds[-100:])]
+        for name in ("rss_mib", "open_files")
+        if len(rounds) > 20 and name in rounds[0]
+    }
     report = {
         "stamp": stamp(seed=options.seed, device="cuda:0" if cuda else "cpu"),
         "minutes": (time.monotonic() - began) / 60,
         "rounds": len(rounds),
         "totals": totals,
-        "wrong": 0,
+        "held_early_and_late": held,
+        "broken": sum(len(each["broken"]) for each in rounds),
         "max_score_difference": max(each["max_score_difference"] for each in rounds),
         "largest_relative_l2": max(each["relative_l2"] for each in rounds),
     }

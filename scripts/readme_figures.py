@@ -190,7 +190,7 @@ def soak_lines(result: Result) -> Lines:
     totals = result["totals"]
     return [
         f"Replays under chaos for {result['minutes']:.0f} minutes: {result['rounds']:,} rounds, {totals['checked']:,} scores of",
-        f"requests held against a full recompute, {result['wrong']} wrong, nothing left in flight;",
+        f"requests held against a full recompute, {result['broken']} rules broken, nothing left in flight;",
         f"{totals['loads_failed_total']:,.0f} loads and {totals['stores_failed_total']:,.0f} write-backs failed on purpose"
         f" ({hardware(result['stamp'])}).",
     ]

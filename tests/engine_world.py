@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -107,8 +108,9 @@ class DelayedMover(SyncMover):
     def pending(self) -> int:
         return len(self.jobs) + len(self.ended)
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float = math.inf) -> bool:
         self.release_all()
+        return True
 
 
 @dataclass

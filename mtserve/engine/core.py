@@ -39,6 +39,8 @@ from mtserve.types import Clock, History
 
 log = logging.getLogger(__name__)
 
+LEFT_BEHIND: list[object] = []  # memory of closed engines that a stuck copy may still touch
+
 
 @dataclass(frozen=True)
 class Flight:
@@ -154,8 +156,10 @@ class Core:
         slots = self.scheduler.take(self._cached, self._spare)
         launched = self._launch(slots) if slots else None
         lap("planning")
-        landed = self.land()
-        self._flight = launched
+        try:
+            landed = self.land()
+        finally:
+            self._flight = launched
         if not self._runner.overlaps:
             self.land()
         lap("answers")
@@ -201,8 +205,10 @@ class Core:
             return Flight(slots, reservation, plan, pending, began, launched)
         except Exception as error:
             log.exception("a batch of %d users failed", len(slots))
-            self._runner.settle()  # what it had begun may still write its pages
-            self._fail(slots, reservation, error)
+            try:
+                self._runner.settle()  # what it had begun may still write its pages
+            finally:
+                self._fail(slots, reservation, error)
             return None
 
     def land(self) -> bool:
@@ -225,7 +231,12 @@ class Core:
         now = self._clock()
         seconds = now - flight.began
         self._pace.landed(flight.began, now, flight.plan.tokens)
-        self._commit(flight.slots, flight.reservation, flight.plan, logits, seconds)
+        try:
+            self._commit(flight.slots, flight.reservation, flight.plan, logits, seconds)
+        except Exception as error:  # ours, or the device's end: the loop stops, but nobody waits for ever
+            for job in [job for slot in flight.slots for job in slot.jobs]:
+                job.fail(error)
+            raise
         return True
 
     def _commit(
@@ -240,7 +251,6 @@ class Core:
         spoiled: list[str] = []
         if self.tiers is not None and reservation is not None:
             spoiled = self.tiers.release(reservation, slots, success=True)
-            self._forget_again(slots)
         cached = [0] * len(slots) if reservation is None else reservation.cached.tolist()
         for slot, tokens in zip(slots, cached, strict=True):
             if slot.user_id in spoiled:
@@ -248,6 +258,7 @@ class Core:
                 continue
             for job in slot.jobs:
                 job.found(tokens)
+        self._forget_again([slot for slot in slots if slot.user_id not in spoiled])
         self._answers.give(plan, logits, self.model.config.tasks, seconds, without=spoiled)
 
     def _try_again(self, slot: Slot) -> None:
@@ -274,7 +285,8 @@ class Core:
     def forget(self, user_id: str) -> None:
         """Forget a deleted user's states, and those that its last queued requests are yet to make."""
         self.invalidate(user_id)
-        if any(job.user_id == user_id for job in self.scheduler.jobs()):
+        under_way = [] if self._flight is None else [job for slot in self._flight.slots for job in slot.jobs]
+        if any(job.user_id == user_id for job in (*self.scheduler.jobs(), *under_way)):
             self._forgotten.add(user_id)
 
     def _forget_again(self, slots: Sequence[Slot]) -> None:
@@ -335,11 +347,21 @@ class Core:
 
     def close(self, error: Exception) -> None:
         """Answer what still waits with `error` and let the batch and every copy under way end."""
-        self.land()
+        try:
+            self.land()
+        except Exception:
+            log.exception("the last batch could not be answered")
         for job in self.scheduler.clear():
             job.fail(error)
-        if self.tiers is not None and self.memory is not None:
-            if self.tiers.settle():
-                self.memory.close()
-            else:  # memory that a copy may still touch stays as it is until the process ends
+        if self.tiers is None or self.memory is None:
+            return
+        self.memory.stop()
+        settled = False
+        try:
+            settled = self.tiers.settle()
+        finally:
+            if not settled:  # memory that a copy may still touch stays as it is until the process ends
                 log.error("closed with a copy between the tiers stuck")
+                LEFT_BEHIND.append((self.memory, self.tiers.mover))
+        if settled:
+            self.memory.close()

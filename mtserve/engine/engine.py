@@ -242,8 +242,12 @@ class Engine:
         self._hints.close()
         if self._core.memory is not None:
             self._core.memory.stop()
-        if self._loop.close() and self._owns_history:
-            self.history.close()
+        closing = self._loop.state != "closed"
+        try:
+            self._loop.close()
+        finally:
+            if closing and self._owns_history:
+                self.history.close()
 
     def __enter__(self) -> Self:
         return self

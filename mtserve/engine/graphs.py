@@ -61,10 +61,6 @@ class Launched:
         return self.gates.waited() if self.gates is not None else {}
 
 
-def _nothing(layer: int) -> None:
-    """Layers of a batch over no loads wait for nothing."""
-
-
 class GraphRunner:
     """Executes plans with the CUDA kernels. `capture=False` launches kernel by kernel: the same results, slower."""
 
@@ -148,7 +144,7 @@ class GraphRunner:
         names = ("tiles", "row", "source", "position", "bucket", "raw")
         tokens = {name: metadata.on_device(bucket, name) for name in names}
         self._embedding.run(**tokens, x=x)
-        before_layer = self._waits.before_layer if key.gated else _nothing
+        before_layer = self._waits.before_layer if key.gated else None
         self._stack.run(bucket, metadata, key.tile_rows, direct=key.direct, before_layer=before_layer)
         row, counts = metadata.on_device(bucket, "row"), metadata.on_device(bucket, "counts")[2:]
         self._heads.run(x, self._stack.final_offset, row, counts, self._logits[:bucket])

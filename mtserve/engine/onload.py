@@ -46,7 +46,8 @@ class Onload:
         if not self._near(job):
             return None
         present = self._presence(job)
-        if present.in_batch or (present.loading and not self._comes(job.user_id)):
+        # A prefetch may have nothing to do but to wait for its load, which a batch would do in the loop's place.
+        if present.in_batch or (present.loading and (job.prefetch or not self._comes(job.user_id))):
             return None
         tokens = max(present.gpu_tokens, present.arriving_tokens)
         if present.host_tokens > tokens and job.loads < MAX_LOADS:
@@ -121,7 +122,7 @@ class Onload:
             return True
         first, last = present.gpu_tokens // self._page_tokens, -(-present.host_tokens // self._page_tokens)
         decided = sum(len(load.gpu_pages) for load in self._decided) + last - first
-        load_s = self.mover.load_s(self._transfers.bytes(LOAD) + decided * self._page_bytes)
+        load_s = self.mover.load_s(self._transfers.moving_bytes(LOAD) + decided * self._page_bytes)
         saved, own = present.host_tokens - present.gpu_tokens, job.prefix - present.gpu_tokens + len(job.candidates)
         return load_s <= self._token_s * max(self._to_encode - saved, own)
 
@@ -136,7 +137,7 @@ class Onload:
     def _begin_load(self, job: Job, gpu_tokens: int) -> None:
         load = self._index.begin_load(job.user_id, job.sequence.chain)
         if load is None:
-            if not self._transfers and not self._decided:
+            if not self._transfers.moving and not self._decided:
                 job.loads = MAX_LOADS  # no copy will end and make room: encode
             return
         self._surveyed.clear()  # the load may have evicted others

@@ -120,12 +120,14 @@ class Scheduler:
     def put_back(self, jobs: Iterable[Job]) -> None:
         """Queue jobs again that a batch had taken: ahead of all others, and however many wait."""
         again = list(jobs)
+        self._cancelled = True  # perhaps, while they were in the batch
         self._scores = {**{job: None for job in again if not job.prefetch}, **self._scores}
         for job in again:
             if job.prefetch and job.user_id not in self._prefetches:
                 self._prefetches[job.user_id] = job
             elif job.prefetch:
                 job.fail(Cancelled(f"a newer prefetch of user {job.user_id!r} took its place"))
+                self._metrics.count("prefetches_superseded_total")
             if job.deadline is not None:
                 self._bound(job.deadline, len(job.candidates))
 

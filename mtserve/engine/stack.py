@@ -118,7 +118,7 @@ class Stack:
         tile_rows: int,
         *,
         direct: bool,
-        before_layer: Callable[[int], None] = lambda layer: None,
+        before_layer: Callable[[int], None] | None = None,
     ) -> None:
         """All layers on the current stream; `direct`: the attention's output needs no sum.
 
@@ -127,7 +127,8 @@ class Stack:
         work = metadata.work(bucket, tile_rows)
         group, target = metadata.on_device(bucket, "group"), metadata.on_device(bucket, "target")
         for index in range(len(self._layers)):
-            before_layer(index)
+            if before_layer is not None:
+                before_layer(index)
             self._layer(index, bucket, work, group, target, direct)
 
     def _layer(

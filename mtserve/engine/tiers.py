@@ -64,7 +64,8 @@ class Tiers:
         self._cached = np.zeros(slots, dtype=np.int32)
         self._stored = np.zeros(slots, dtype=np.int32)
         self._page_table = np.full((slots, -(-max_prefix // config.page_tokens)), -1, dtype=np.int32)
-        self._transfers = Transfers(metrics, clock, config.page_tokens, self._page_bytes, config.copy_timeout_ms / 1000)
+        self._timeout_s = config.copy_timeout_ms / 1000
+        self._transfers = Transfers(metrics, clock, config.page_tokens, self._page_bytes, self._timeout_s)
         self._write_back = WriteBack(index, clock, config.write_back_idle_ms / 1000)
         self._deferred = False  # whether write-backs wait for the link
         self._reserved_pages = 0  # of the batch under way
@@ -108,18 +109,17 @@ class Tiers:
         and should it end after all, it publishes nothing.
         """
         finished = self.mover.poll()
+        if finished:
+            self._onload.changed()
+            self._onload.failed(self._transfers.ended(finished))
+            for copy in finished:
+                end = self.index.end_load if copy.kind == LOAD else self.index.end_store
+                end(copy.ticket, copy.error is None)
+            self._poison_freed()
         for kind, user_id in self._transfers.newly_stuck():
             log.error("a %s of user %r has not ended within copy_timeout_ms", kind, user_id)
             if kind == LOAD:
                 self.invalidate(user_id)
-        if not finished:
-            return 0
-        self._onload.changed()
-        self._onload.failed(self._transfers.ended(finished))
-        for copy in finished:
-            end = self.index.end_load if copy.kind == LOAD else self.index.end_store
-            end(copy.ticket, copy.error is None)
-        self._poison_freed()
         return len(finished)
 
     def reserve(self, slots: Sequence[Slot]) -> Reservation:
@@ -157,12 +157,15 @@ class Tiers:
 
     def write_back(self) -> None:
         """Start copying to the host what it does not have yet, as far as the link's queue has room."""
-        if not len(self._write_back):
-            return
+        if len(self._write_back):
+            self._begin_stores()
+        self._metrics.set("unsaved_users", len(self._write_back))
+
+    def _begin_stores(self) -> None:
         # Half of the host tier at most: the pages of copies under way cannot make room for others.
         most = min(self._queue_pages, -(-self._counts.host_pages // 2))
-        stores, deferred = self._write_back.begin(most - self._transfers.bytes(STORE) // self._page_bytes)
-        self._metrics.set("unsaved_users", len(self._write_back))
+        self._write_back.grows = self._counts.host_pages < len(self.mover.arena)
+        stores, deferred = self._write_back.begin(most - self._transfers.moving_bytes(STORE) // self._page_bytes)
         if deferred and not self._deferred:
             self._metrics.count("write_backs_deferred_total")
         self._deferred = deferred
@@ -179,23 +182,23 @@ class Tiers:
         """Forget the states of one user or of all; copies under way publish nothing. Returns users forgotten."""
         forgotten = self.index.invalidate_all() if user_id is None else int(self.index.invalidate(user_id))
         self._transfers.disown(user_id)
+        self._write_back.forget(user_id)
         self._onload.changed()
         self._poison_freed()
         return forgotten
 
     def busy(self) -> bool:
         """Whether copies are under way or should start now."""
-        return len(self._transfers) > 0 or self.due_in() <= 0
+        return self._transfers.moving > 0 or self.due_in() <= 0
 
     def due_in(self) -> float:
         """Seconds until the next write-back is to start; infinity when none is."""
         return self._write_back.due_in()
 
     def settle(self) -> bool:
-        """Block until every copy has ended, and publish them. False, without waiting, where one is stuck."""
-        if self._transfers.any_stuck:
+        """Block until every copy has ended, and publish them. False where one is stuck."""
+        if self._transfers.any_stuck or not self.mover.wait(self._timeout_s):
             return False
-        self.mover.wait()
         self.finish()
         return True
 

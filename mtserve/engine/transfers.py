@@ -76,7 +76,11 @@ class Transfers:
 
     def held(self) -> dict[str, int]:
         """Device pages that copies under way hold fast, by user."""
-        return {each.user_id: each.held_pages for under_way in self._open.values() for each in under_way.values()}
+        held: dict[str, int] = {}
+        for under_way in self._open.values():
+            for each in under_way.values():
+                held[each.user_id] = held.get(each.user_id, 0) + each.held_pages
+        return held
 
     def ended(self, finished: Sequence[Finished]) -> set[str]:
         """These copies were polled; returns the users whose loads failed."""
@@ -117,6 +121,16 @@ class Transfers:
         """Whether a copy that was under way for too long has still not ended."""
         return bool(self._stuck)
 
+    @property
+    def moving(self) -> int:
+        """Copies under way that are expected to end."""
+        return len(self) - len(self._stuck)
+
+    def moving_bytes(self, kind: str) -> int:
+        """Bytes of those of one direction."""
+        stuck = (each.bytes for ticket, each in self._open[kind].items() if ticket in self._stuck)
+        return self._open_bytes[kind] - sum(stuck) if self._stuck else self._open_bytes[kind]
+
     def _count(self, kind: str, now: float, ended: Sequence[Transfer], failed: Sequence[Transfer]) -> None:
         size = sum(transfer.bytes for transfer in ended)
         self._open_bytes[kind] -= size
@@ -134,10 +148,6 @@ class Transfers:
     def under_way(self, kind: str) -> int:
         """Copies of one direction under way."""
         return len(self._open[kind])
-
-    def bytes(self, kind: str) -> int:
-        """Bytes of the copies of one direction under way."""
-        return self._open_bytes[kind]
 
     def check(self) -> None:
         """Fail an assertion where the gauges are not what is under way."""

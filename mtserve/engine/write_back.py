@@ -26,7 +26,8 @@ class WriteBack:
         self._index, self._clock, self._idle_s = index, clock, idle_s
         self._unsaved: dict[str, float] = {}  # user -> time of the last batch, oldest first
         self._grown: dict[str, None] = {}  # of these, users with full pages that nobody has tried to save yet
-        self._crowded: dict[str, None] = {}  # users for whom, or for all of whom, the host had no room
+        self.grows = False  # whether the host tier is still to become larger
+        self._crowded: dict[str, None] = {}  # users for whom, or for all of whom, it had no room until then
 
     def __len__(self) -> int:
         """Users with states that the host may not have."""
@@ -59,7 +60,7 @@ class WriteBack:
                 continue
             del self._unsaved[user]
             self._grown.pop(user, None)
-            if self._index.unsaved_tokens(user) > covered.get(user, 0):
+            if self.grows and self._index.unsaved_tokens(user) > covered.get(user, 0):
                 self._crowded[user] = None
         return stores + whole, bool(waiting or late)
 
@@ -67,6 +68,14 @@ class WriteBack:
         """There is more room on the host: try again, first, whoever found none."""
         self._unsaved = {**dict.fromkeys(self._crowded, -math.inf), **self._unsaved}
         self._crowded.clear()
+
+    def forget(self, user_id: str | None) -> None:
+        """The states of this user, or of all, are void."""
+        for listed in (self._unsaved, self._grown, self._crowded):
+            if user_id is None:
+                listed.clear()  # type: ignore[attr-defined]
+            else:
+                listed.pop(user_id, None)  # type: ignore[attr-defined]
 
     def due_in(self) -> float:
         """Seconds until the next copy is to start; infinity when none is."""

@@ -58,7 +58,6 @@ class HostArena:
     ) -> None:
         gpu = device if device is not None and device.type == "cuda" else None
         self.capacity = pages
-        self.ready = 0
         self.bytes = pages * shape.bytes
         self.chunk_pages = _chunk_pages(shape.bytes, chunk_bytes)
         self._page_bytes = shape.bytes
@@ -73,7 +72,13 @@ class HostArena:
             self._settle_beside(gpu)
         if self._pinning is None:
             self._fill(0, pages)
-            self.ready = pages
+
+    @property
+    def ready(self) -> int:
+        """Pages that can be used."""
+        if self._closed:
+            return 0
+        return self.capacity if self._pinning is None else min(self.capacity, len(self._pinned) * self.chunk_pages)
 
     @property
     def ready_bytes(self) -> int:
@@ -100,7 +105,6 @@ class HostArena:
             self._memory.discard(offset, size)
             raise self._exhausted(size, error) from None
         self._pinned.append(address)
-        self.ready += count
         return count
 
     def close(self) -> None:
@@ -110,7 +114,6 @@ class HostArena:
         raised at the end. The memory itself goes with the last tensor of it.
         """
         self._closed = True
-        self.ready = 0
         errors = []
         while self._pinned and self._pinning is not None:
             try:
@@ -121,13 +124,10 @@ class HostArena:
             raise errors[0]
 
     def check(self) -> None:
-        """Raises CorruptState unless the pages ready are those of the chunks pinned, or all where none need be."""
-        pinned = self.capacity if self._pinning is None else len(self._pinned) * self.chunk_pages
-        ready = 0 if self._closed else min(self.capacity, pinned)
-        step = self.chunk_pages * self._page_bytes
-        addresses = [self._memory.address + chunk * step for chunk in range(len(self._pinned))]
-        if self.ready != ready or self._pinned != addresses:
-            raise CorruptState(f"{self.ready} pages are ready and {pinned} pinned", field="host_cache")
+        """Raises CorruptState unless what is pinned are the first chunks, one behind the other."""
+        step, pinned = self.chunk_pages * self._page_bytes, list(self._pinned)
+        if pinned != [self._memory.address + chunk * step for chunk in range(len(pinned))]:
+            raise CorruptState(f"{len(pinned)} chunks are pinned, not the first ones", field="host_cache")
 
     def _settle_beside(self, device: torch.device) -> None:
         node = node_of(SYSFS, pci_id(device))

@@ -7,6 +7,8 @@ of part of a page's layers, strided over a run of pages, reach 51.5 from 2 MiB a
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +36,9 @@ SUBMISSION_BYTES = 64 << 20  # shorter copies share calls and an event up to her
 # Given to the driver at once, each way: with a thousand copies waiting in it, its calls begin to block.
 QUEUED_BYTES = 512 << 20
 ANNOUNCED_BYTES = 16 << 20  # 0.3 ms of the link: what it takes to plan and launch a batch
+QUEUED_PAGES = 768  # likewise: each may be a copy of its own
+SUBMISSION_PAGES = 256
+WAIT_S = 0.00005  # between two looks at what is under way
 LINK_BYTES_PER_S = 50e9  # what loads reach beside write-backs, over PCIe 5 x16
 
 
@@ -118,17 +123,18 @@ class CudaMover(Mover):
     def _submissions(self, kind: str, jobs: Sequence[_Job]) -> Iterator[_Submission]:
         """Neighbours in `jobs` together; a long load by itself, so that its user waits for no other."""
         together: list[_Job] = []
-        size = 0
+        size = pages = 0
         for job in jobs:
             alone = kind == LOAD and self._size(job) >= GROUPED_LOAD_BYTES
-            if together and (alone or size >= SUBMISSION_BYTES):
+            pages += len(job.copy.gpu_pages)
+            if together and (alone or size >= SUBMISSION_BYTES or pages > SUBMISSION_PAGES):
                 yield _Submission(together, size)
-                together, size = [], 0
+                together, size, pages = [], 0, len(job.copy.gpu_pages)
             together.append(job)
             size += self._size(job)
             if alone:
                 yield _Submission(together, size)
-                together, size = [], 0
+                together, size, pages = [], 0, 0
         if together:
             yield _Submission(together, size)
 
@@ -138,7 +144,7 @@ class CudaMover(Mover):
     def _feed(self) -> None:
         """Give the driver what it has room for."""
         for kind, lane in self._lanes.items():
-            while lane.waiting and lane.queued_bytes < QUEUED_BYTES:
+            while lane.waiting and lane.queued_bytes < min(QUEUED_BYTES, QUEUED_PAGES * self._page_bytes):
                 submission = lane.waiting.popleft()
                 # Behind others a load waits anyway; whole pages are a little faster.
                 if kind == LOAD and not lane.under_way and submission.size >= GROUPED_LOAD_BYTES:
@@ -239,14 +245,17 @@ class CudaMover(Mover):
     def pending(self) -> int:
         return sum(lane.jobs for lane in self._lanes.values()) + len(self._finished)
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float = math.inf) -> bool:
         use_context(self._context)
-        while any(lane.under_way for lane in self._lanes.values()):
-            for lane in self._lanes.values():
-                if lane.under_way:
-                    lane.under_way[0].events[-1].synchronize()
+        end = time.monotonic() + timeout_s
+        while True:
             self._retire()
             self._feed()
+            if not any(lane.under_way for lane in self._lanes.values()):
+                return True
+            if time.monotonic() > end:
+                return False
+            time.sleep(WAIT_S)
 
     def load_s(self, size: int) -> float:
         return size / LINK_BYTES_PER_S

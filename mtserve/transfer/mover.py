@@ -5,6 +5,7 @@ Who waits for whom is drawn in docs/transfers.md.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -76,8 +77,8 @@ class Mover(ABC):
         """Jobs submitted and not yet polled as finished."""
 
     @abstractmethod
-    def wait(self) -> None:
-        """Block until every submitted job has ended; `poll` then reports them all."""
+    def wait(self, timeout_s: float = math.inf) -> bool:
+        """Block until every submitted job has ended; `poll` then reports them all. False when time ran out first."""
 
     @abstractmethod
     def load_s(self, size: int) -> float:
@@ -139,8 +140,8 @@ class SyncMover(Mover):
     def pending(self) -> int:
         return len(self._finished)
 
-    def wait(self) -> None:
-        return
+    def wait(self, timeout_s: float = math.inf) -> bool:
+        return True
 
     def load_s(self, size: int) -> float:
         return 0.0  # nobody waits for them

@@ -55,8 +55,9 @@ class SlowMover(Mover):
     def poison(self, pages: PageIds) -> None:
         self._inner.poison(pages)
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float = math.inf) -> bool:
         """Block until every copy has ended; what is only held back is held no longer."""
-        self._inner.wait()
+        ended = self._inner.wait(timeout_s)
         self._late.clear()
         self._held = [(-math.inf, finished) for _, finished in self._held]
+        return ended

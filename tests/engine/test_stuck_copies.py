@@ -83,8 +83,8 @@ def test_an_engine_with_a_stuck_copy_can_be_closed(world: Make, caplog: pytest.L
     w, mover = stuck(world, "store")
     w.clock.now += 0.002
     w.step()
-    waited: list[None] = []
-    mover.wait = lambda: waited.append(None)  # type: ignore[method-assign]
+    waited: list[float] = []
+    mover.wait = waited.append  # type: ignore[method-assign, assignment]
     with caplog.at_level(logging.ERROR):
         w.engine.close()
     assert not waited

@@ -6,6 +6,7 @@ work keep the interpreter's lock: they are over sooner than other threads would 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from functools import cache
 from typing import Any
@@ -198,6 +199,10 @@ class Event:
     def __init__(self, *, timed: bool = False) -> None:
         self._handle = ctypes.c_void_p()
         _call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(0 if timed else _EVENT_DISABLE_TIMING))
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the driver may be gone before us
+            _function("cuEventDestroy_v2", True)(self._handle)
 
     def record(self, stream: int) -> None:
         """Mark where the stream stands."""
