@@ -251,11 +251,15 @@ class CudaMover(Mover):
         while True:
             self._retire()
             self._feed()
-            if not any(lane.under_way for lane in self._lanes.values()):
+            first = [lane.under_way[0].events[-1] for lane in self._lanes.values() if lane.under_way]
+            if not first:
                 return True
             if time.monotonic() > end:
                 return False
-            time.sleep(WAIT_S)
+            if timeout_s < math.inf:
+                time.sleep(WAIT_S)
+            else:
+                first[0].synchronize()
 
     def load_s(self, size: int) -> float:
         return size / LINK_BYTES_PER_S
