@@ -62,12 +62,14 @@ def decode_rows(
 def quantise(values: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 of `values` [..., group] and the groups' peaks bf16 [...], NaN where a value is not finite."""
     largest = values.float().abs().amax(-1)
-    peaks = largest.bfloat16().float().clamp(max=largest_peak(values.dtype))
+    peaks = largest.clamp(max=largest_peak(values.dtype)).bfloat16()
     peaks[peaks < SMALLEST_PEAK] = 0.0
     peaks[~largest.isfinite()] = float("nan")
-    codes = (values.float() * (levels / peaks).unsqueeze(-1)).round()
+    # A number divided by a tensor would be rounded twice: torch multiplies it by the reciprocal.
+    inverse = torch.full_like(largest, levels) / peaks.float()
+    codes = (values.float() * inverse.unsqueeze(-1)).round()
     codes[~(peaks > 0)] = 0.0
-    return codes.to(torch.int8), peaks.bfloat16()
+    return codes.to(torch.int8), peaks
 
 
 def dequantise(codes: torch.Tensor, peaks: torch.Tensor, levels: int) -> torch.Tensor:

@@ -149,6 +149,7 @@ class FormatShape:
         return (pages[token // self.page_tokens] * self.page_tokens + token % self.page_tokens).to(torch.int32)
 
     def check_packed(self, packed: torch.Tensor, layer: int) -> None:
+        """Asserts that `packed` is uint8 [pages, bytes], contiguous and aligned, and that it has `layer`."""
         assert packed.dtype == torch.uint8 and packed.dim() == 2 and packed.shape[1] == self.bytes
         assert packed.is_contiguous() and packed.data_ptr() % ALIGNMENT == 0
         assert 0 <= layer < self.layers

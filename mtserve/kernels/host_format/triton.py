@@ -131,8 +131,7 @@ def encode_rows(
     first, last = rows[0], rows[-1]
     assert len(rows) == shape.sides and first.shape[1:] == shape.row
     assert last.shape == first.shape and last.stride() == first.stride() and last.dtype == first.dtype
-    assert first.shape[0] < 2 or first[0].is_contiguous()
-    assert first.dtype == shape.dtype or not shape.lossless
+    assert first[:1].is_contiguous() and (first.dtype == shape.dtype or not shape.lossless)
     assert len(target) >= len(first) and target.dtype == torch.int32 and target.is_contiguous()
     if len(first):
         _encode_rows[(len(first),)](
@@ -156,7 +155,7 @@ def decode_rows(
     assert source.dtype == target.dtype == torch.int32 and source.shape == target.shape
     assert source.is_contiguous() and target.is_contiguous()
     if shape.sides == 2:
-        assert out.shape[1:] == (shape.layers, 2, shape.page_tokens, *shape.row) and out[0, 0].is_contiguous()
+        assert out.shape[1:] == (shape.layers, 2, shape.page_tokens, *shape.row) and out[:1, 0].is_contiguous()
         sides, page_stride, stride = (out[:, layer, 0], out[:, layer, 1]), out.stride(0), out.stride(3)
     else:
         assert out.shape[1:] == shape.row and out.stride(1) == 1
