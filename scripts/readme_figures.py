@@ -186,6 +186,33 @@ def transfer_lines(result: Result) -> Lines:
     ]
 
 
+def format_lines(result: Result) -> Lines:
+    """What a prefix restored from each host format costs in accuracy."""
+    columns = [
+        "host format",
+        "bytes a token and layer",
+        "relative L2 of the logits",
+        "Kendall tau, mean / least",
+        "AUC change",
+        "relative L2 after 50 cycles",
+    ]
+    rows = [
+        [
+            each["name"], number(each["layer_bytes"], 0), f"{each['relative_l2']:.1e}",
+            f"{each['kendall_tau']:.4f} / {each['min_kendall_tau']:.4f}", f"{each['auc_change']:+.0e}",
+            f"{each['relative_l2_after_cycles']['50']:.1e}",
+        ]
+        for each in result["results"]
+    ]  # fmt: skip
+    model = result["model"]
+    return [
+        f"Prefixes restored from what the host may keep (the engine keeps `kv` so far), in fp32, a model of {model['layers']} layers of width",
+        f"{model['d']}, trained on a generated trace; {result['requests']} requests, {result['candidates']:,} candidates ({hardware(result['stamp'])}):",
+        "",
+        *table(columns, rows),
+    ]
+
+
 def soak_lines(result: Result) -> Lines:
     totals = result["totals"]
     return [
@@ -222,6 +249,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Result], Lines]], ...] = (
     ("loop.json", "make gpu-check", loop_lines),
     ("transfer.json", "make gpu-check", transfer_lines),
     ("soak_cpu.json", "python benchmarks/soak.py", soak_lines),
+    ("formats.json", "python benchmarks/bench_formats.py", format_lines),
     ("planning.json", "make bench", planning_lines),
     ("history.json", "make bench", history_lines),
 )
