@@ -153,7 +153,7 @@ class Core:
         self.scheduler.drop_hopeless(now, self._pace.token_s(now))
         progress = self._finish_copies(now)
         lap("copies")
-        slots = self.scheduler.take(self._cached, self._spare)
+        slots = self.scheduler.take(self._cached, self._spare, idle=self._flight is None)
         launched = self._launch(slots) if slots else None
         lap("planning")
         try:
@@ -181,8 +181,8 @@ class Core:
         return 0 if self.tiers is None else self.tiers.cached(job)
 
     def _spare(self, job: Job) -> bool:
-        """Whether `job`, which must wait, should rather be encoded whole: nothing else runs or could."""
-        return self._flight is None and self.tiers is not None and self.tiers.spare(job)
+        """Whether `job`, which must wait, may rather be encoded whole."""
+        return self.tiers is not None and self.tiers.spare(job)
 
     def _launch(self, slots: Sequence[Slot]) -> Flight | None:
         """Reserve, plan and start a batch; None when that failed, and its requests with it."""
@@ -192,8 +192,7 @@ class Core:
         try:
             if self.tiers is not None and slots[0].keep:
                 reservation = self.tiers.reserve(slots)
-            elif self.tiers is not None:
-                self._metrics.count("spare_requests_total", sum(len(slot.jobs) for slot in slots))
+            self._metrics.count("spare_requests_total", sum(len(slot.jobs) for slot in slots if not slot.keep))
             plan = self._planner.plan(slots, reservation, self._runner.room)
             # A part that found no pages was planned whole: its jobs, which `take` left queued, are answered now.
             self.scheduler.remove([job for slot in parts if not slot.partial for job in slot.jobs])

@@ -56,14 +56,17 @@ class Onload:
 
     def spare(self, job: Job) -> bool:
         """Whether `job` may be encoded without keeping its states: the device has no room for it before others' turn is
-        over, nothing is on its way for it, and the host has what can be kept of it.
+        over, nothing is on its way for it, the host has what can be kept of it, and the link would take longer.
         """
         if self._always_load or self._near(job) or job.prefetch or job.future.cancelled():
             return False
         present = self._presence(job)
         if present.loading or present.in_batch:
             return False
-        return present.host_tokens > present.gpu_tokens
+        if present.host_tokens <= present.gpu_tokens or not self._token_s:
+            return False
+        load_s = self._load_s(-(-present.host_tokens // self._page_tokens))
+        return self._token_s * (job.prefix + len(job.candidates)) < load_s
 
     def _comes(self, user_id: str) -> bool:
         """Whether the user's load has so little left that a batch should start over it."""
@@ -121,10 +124,13 @@ class Onload:
         if self._always_load or not self._token_s:
             return True
         first, last = present.gpu_tokens // self._page_tokens, -(-present.host_tokens // self._page_tokens)
-        decided = sum(len(load.gpu_pages) for load in self._decided) + last - first
-        load_s = self.mover.load_s(self._transfers.moving_bytes(LOAD) + decided * self._page_bytes)
+        load_s = self._load_s(sum(len(load.gpu_pages) for load in self._decided) + last - first)
         saved, own = present.host_tokens - present.gpu_tokens, job.prefix - present.gpu_tokens + len(job.candidates)
         return load_s <= self._token_s * max(self._to_encode - saved, own)
+
+    def _load_s(self, pages: int) -> float:
+        """Seconds in which the link is expected to have brought so many pages, after all that is under way."""
+        return self.mover.load_s(self._transfers.moving_bytes(LOAD) + pages * self._page_bytes)
 
     def _open_window(self, jobs: Sequence[Job], reserved_pages: int) -> None:
         room, held = len(self.mover.pool) - reserved_pages, self._transfers.held()

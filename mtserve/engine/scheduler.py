@@ -22,7 +22,7 @@ class Slot:
     """One user in a batch: tokens [cached, encode_to) are encoded once for all of the user's jobs.
 
     `encode_to` short of the prefix means a part of a cold prefix: states only, the jobs stay queued.
-    `keep`: whether the states get pages; a batch's slots are alike in that.
+    `keep`: whether the states get pages; slots whose do come first in a batch.
     """
 
     sequence: UserSequence
@@ -172,11 +172,18 @@ class Scheduler:
         self._metrics.count("deadline_exceeded_total")
         return True
 
-    def take(self, cached: Callable[[Job], int | None], spare: Callable[[Job], bool] = lambda job: False) -> list[Slot]:
+    def take(
+        self,
+        cached: Callable[[Job], int | None],
+        spare: Callable[[Job], bool] = lambda job: False,
+        *,
+        idle: bool = True,
+    ) -> list[Slot]:
         """The next batch, its jobs taken out of the queue; jobs of a partial slot stay.
 
-        `cached(job)`: prefix tokens on the device, None while the user's states are under way. Where no job is ready,
-        those of the first that `spare` allows are encoded whole, without pages: the device would stand still.
+        `cached(job)`: prefix tokens on the device, None while the user's states are under way. What ready jobs leave of
+        the cold users' budget goes to the first that `spare` allows: they are encoded whole, without pages. Where none is
+        ready, only while the device is `idle`.
         """
         batch = _Batch(self._config, self._static_attention)
         overdue = self._overdue(cached)
@@ -186,12 +193,10 @@ class Scheduler:
             tokens = cached(job)
             if tokens is not None:
                 batch.offer(job, min(tokens, job.prefix))
-        slots = batch.close()
-        if not slots:
-            batch = _Batch(self._config, self._static_attention)
+        if overdue is None and batch.open_to_spare(idle):
             for job in filter(spare, self.head()):
                 batch.offer_whole(job)
-            slots = batch.close()
+        slots = batch.close()
         self.remove(job for slot in slots if not slot.partial for job in slot.jobs)
         return slots
 
@@ -250,6 +255,10 @@ class _Batch:
         self._slots[job.user_id] = slot
         self._spend(cost, cold)
 
+    def open_to_spare(self, idle: bool) -> bool:
+        """Whether jobs that must wait may fill the batch: it runs anyway, or the device is idle and nobody is ready."""
+        return bool(self._slots) or (idle and not self._too_large)
+
     def offer_whole(self, job: Job) -> None:
         """Take `job` in without pages, as far as the budget of cold users allows."""
         slot = self._slots.get(job.user_id)
@@ -258,8 +267,8 @@ class _Batch:
             return
         slot = Slot(job.sequence, 0, len(job.sequence.chain), [job], keep=False)
         cost = slot.encode_to + len(job.candidates)
-        if self._requests <= 0 or cost > min(self._tokens, self._cold_tokens):
-            self._too_large.append(slot)
+        # The first alone may be larger than the budget: it would fit no other batch either.
+        if self._slots and (self._requests <= 0 or cost > min(self._tokens, self._cold_tokens)):
             return
         self._slots[job.user_id] = slot
         self._spend(cost, cold=True)

@@ -123,13 +123,16 @@ class Tiers:
         return len(finished)
 
     def reserve(self, slots: Sequence[Slot]) -> Reservation:
-        """Pin what the slots' prefixes have on the device and find pages for what will be encoded."""
+        """Pin what the slots' prefixes have on the device and find pages for what will be encoded and kept."""
         self._onload.changed()
         count = len(slots)
         cached, stored, table = self._cached[:count], self._stored[:count], self._page_table[:count]
-        users = [slot.user_id for slot in slots]
-        chains = [slot.sequence.chain[: slot.encode_to] if slot.partial else slot.sequence.chain for slot in slots]
-        ticket = self.index.begin_batch(users, chains, cached, stored, table)
+        kept = [slot for slot in slots if slot.keep]
+        users = [slot.user_id for slot in kept]
+        chains = [slot.sequence.chain[: slot.encode_to] if slot.partial else slot.sequence.chain for slot in kept]
+        ticket = self.index.begin_batch(users, chains, cached[: len(kept)], stored[: len(kept)], table[: len(kept)])
+        cached[len(kept) :] = stored[len(kept) :] = 0
+        table[len(kept) :] = -1
         self._note_returns()
         self._poison_freed()
         pages = int((-(-stored // self._page_tokens)).sum())
@@ -150,7 +153,7 @@ class Tiers:
         spoiled = self.index.end_batch(reservation.ticket, success)
         self._reserved_pages -= reservation.pages
         if success and self._has_host:
-            self._write_back.grew([slot.user_id for slot in slots])
+            self._write_back.grew([slot.user_id for slot in slots if slot.keep])
         self._poison_freed()
         self._counts.update()
         return spoiled

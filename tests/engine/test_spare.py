@@ -9,6 +9,8 @@ import pytest
 from engine_world import Pending, World
 
 Make = Callable[..., World]
+# A load takes longer than encoding one user of 23 tokens and 3 candidates, and less than encoding two.
+TOKEN_S, LOAD_S = 0.01, 0.28
 
 
 def crowded(world: Make, **options: Any) -> tuple[World, Any]:
@@ -19,7 +21,10 @@ def crowded(world: Make, **options: Any) -> tuple[World, Any]:
         w.score(user)
     w.evict_from_gpu()
     assert [w.held(user)[1] for user in "ab"] == [23, 23]
-    return w, w.delay_copies()
+    mover = w.delay_copies()
+    mover.load_seconds = LOAD_S
+    w.pace(TOKEN_S)
+    return w, mover
 
 
 def test_who_waits_for_room_is_encoded_while_another_loads(world: Make) -> None:
@@ -76,6 +81,7 @@ def test_states_that_nobody_has_yet_wait_for_their_pages(world: Make, restore: s
 
 def test_a_prefetch_is_never_encoded_for_nothing(world: Make) -> None:
     w, mover = crowded(world)
+    mover.load_seconds = 0.24  # above the 0.23 s of encoding b
     first, prefetch = w.submit("a"), w.engine.prefetch("b")
     w.run()
     assert not first.future.done()
@@ -86,3 +92,54 @@ def test_a_prefetch_is_never_encoded_for_nothing(world: Make) -> None:
         w.run()
     first.verify()
     assert prefetch.done()
+
+
+def test_who_waits_for_room_fills_the_batch_of_another(world: Make) -> None:
+    w, mover = crowded(world)
+    first = w.submit("a")
+    w.run()
+    mover.release_all()
+    w.run()
+    first.verify()  # and stays on the device
+    batches = w.value("batches_total")
+    warm, waiting = w.submit("a"), w.submit("b")
+    w.step()
+    assert warm.verify().gpu_tokens == 23
+    assert waiting.verify().encoded_tokens == 23
+    assert w.value("batches_total") == batches + 1
+    assert w.value("spare_requests_total") == 1
+    assert (w.held("a"), w.held("b")) == ((23, 23), (0, 23))
+    mover.release_all()
+    w.run()
+    w.assert_empty()
+
+
+def test_what_fills_a_batch_keeps_to_the_budget_of_cold_users(world: Make) -> None:
+    w, mover = crowded(world, cold_batch_tokens=25, cold_after=30)  # b alone has 23 tokens and 3 candidates
+    first = w.submit("a")
+    w.run()
+    mover.release_all()
+    w.run()
+    first.verify()
+    warm, waiting = w.submit("a"), w.submit("b")
+    w.step()
+    warm.verify()
+    assert not waiting.future.done()
+    for _ in range(4):
+        mover.release_all()
+        w.run()
+    waiting.verify()
+
+
+def test_nobody_is_encoded_where_the_link_is_sooner(world: Make) -> None:
+    w, mover = crowded(world)
+    mover.load_seconds = 0.25
+    first, second = w.submit("a"), w.submit("b")
+    w.run()
+    assert not first.future.done()
+    assert not second.future.done()
+    for _ in range(4):
+        mover.release_all()
+        w.run()
+    assert first.verify().encoded_tokens == second.verify().encoded_tokens == 0
+    assert w.value("spare_requests_total") == 0
