@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 from engine_world import World
 
+from mtserve.errors import TransferFailed
+
 Make = Callable[..., World]
 
 
@@ -53,6 +55,34 @@ def test_cancelled_while_it_runs(world: Make) -> None:
     other.verify()
     assert w.value("cancelled_total") == 1
     assert w.value("requests_by_tier_total", "cold") == 1
+    w.assert_empty()
+
+
+def test_cancelled_while_a_load_fails_under_its_batch_is_not_encoded_again(world: Make) -> None:
+    """The batch is void and its job queued again, after the walk that looks for cancelled ones has passed."""
+    failing = False
+
+    def switched(kind: str) -> None:
+        if kind == "load" and failing:
+            raise TransferFailed(kind)
+
+    w = world(gpu_pages=14, host_pages=40, restore="load")
+    w.put("a", 21)
+    w.score("a")
+    w.evict_from_gpu()
+    w.overlap()
+    mover = w.delay_copies(fault=switched, near_loads=True)
+    failing = True
+    pending = w.submit("a")
+    w.step()
+    assert (mover.overlapped, w.engine._core._flight is not None) == (1, True)
+    assert pending.future.cancel()
+    batches = w.value("batches_total")
+    w.run()
+    assert w.value("loads_failed_total") == 1
+    assert w.value("batches_total") - batches == 1  # the void one
+    assert w.value("cancelled_total") == 1
+    assert not w.engine._core.scheduler
     w.assert_empty()
 
 

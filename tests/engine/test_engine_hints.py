@@ -280,6 +280,26 @@ def test_hints_on_their_way_to_the_queue_do_not_fill_it_for_scores(world: Make) 
     assert all(each.verify().encoded_tokens == 0 for each in pending)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_hint_whose_states_are_still_loading_starts_no_batch_that_waits_for_them(world: Make, overlap: bool) -> None:
+    w = world(gpu_pages=14)
+    _warm(w, "a")
+    w.evict_from_gpu()
+    if overlap:
+        w.overlap()
+    mover = w.delay_copies(near_loads=True)
+    hint = w.engine.prefetch("a")
+    batches = w.value("batches_total")
+    for _ in range(5):
+        w.step()
+    assert mover.submitted == ["load"]
+    assert (mover.overlapped, len(mover.jobs), hint.done()) == (0, 1, False)
+    assert w.value("batches_total") == batches
+    mover.release()
+    w.run()
+    assert hint.result(0).encoded_tokens == 0
+
+
 # Histories that are not in memory
 
 

@@ -1,0 +1,159 @@
+"""The part of the CUDA driver that the mover on CUDA calls, on the CPU: what it queues is done when a test says so.
+
+Modelled: streams that work in their order and at their own pace, or not at all; copies whose bytes move only then;
+events; the refusal of copies that leave the memory registered as one piece; calls that fail when asked to, after they
+have queued a part; a clock that only waiting moves. Not modelled: bytes of one copy that come one by one, the driver's
+own calls blocking, waits between streams (they are noted), and kernels: what torch writes is there at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections import deque
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mtserve.kernels.cuda.driver import Addresses, CudaError
+from mtserve.transfer import cuda_mover
+
+CONTEXT = 77
+LONGEST_S = 5.0  # that a test waits
+
+
+class FakeStream:
+    """Copies in their order; `stuck`: none ends any more."""
+
+    def __init__(self, handle: int) -> None:
+        self.cuda_stream = handle
+        self.stuck = False
+        self.done = 0
+        self.most_queued = 0  # copies at any time
+        self.waited_for: list[FakeStream] = []
+        self._queue: deque[Callable[[], object]] = deque()
+
+    @property
+    def queued(self) -> int:
+        """Copies that have not been done."""
+        return len(self._queue)
+
+    @property
+    def end(self) -> int:
+        """How many will be done once this stream has come to its present end."""
+        return self.done + len(self._queue)
+
+    def push(self, copy: Callable[[], object]) -> None:
+        self._queue.append(copy)
+        self.most_queued = max(self.most_queued, len(self._queue))
+
+    def run(self, copies: int | None = None) -> None:
+        """Do so many of the oldest copies; None: all."""
+        for _ in range(0 if self.stuck else len(self._queue) if copies is None else min(copies, len(self._queue))):
+            self._queue.popleft()()
+            self.done += 1
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited_for.append(other)
+
+
+class FakeEvent:
+    """A place on a stream."""
+
+    def __init__(self, driver: FakeDriver) -> None:
+        self._driver = driver
+        self._stream: FakeStream | None = None
+        self._place = 0
+
+    def record(self, stream: int) -> None:
+        assert self.passed(), "used again before the stream came to where it was"
+        self._stream = self._driver.streams[stream]
+        self._place = self._stream.end
+
+    def passed(self) -> bool:
+        return self._stream is None or self._stream.done >= self._place
+
+    def synchronize(self) -> None:
+        if self._stream is not None:
+            self._stream.run(self._place - self._stream.done)
+        assert self.passed(), "waits for a stream that never ends"
+
+
+class FakeDriver:
+    """Stands in for the driver, for torch's streams and for the clock, once installed."""
+
+    def __init__(self) -> None:
+        self.streams: dict[int, FakeStream] = {}
+        self.events = 0  # made
+        self.now = 0.0
+        self.refuses: Callable[[], bool] = lambda: False  # asked at each call that copies
+        self._pieces: list[tuple[int, int]] = []
+        self._default = self.stream()
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "Stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self._default)
+        for name in ("Event", "copy_batch", "copy_strided", "current_context", "use_context"):
+            monkeypatch.setattr(cuda_mover, name, getattr(self, name.lower()))
+        monkeypatch.setattr(cuda_mover, "time", self)
+
+    def register(self, memory: torch.Tensor) -> None:
+        """`memory` is one piece: no copy may reach beyond it."""
+        self._pieces.append((memory.data_ptr(), memory.data_ptr() + memory.nbytes))
+
+    # Of torch and time
+
+    def stream(self, device: torch.device | None = None) -> FakeStream:
+        stream = FakeStream(len(self.streams) + 1)
+        self.streams[stream.cuda_stream] = stream
+        return stream
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Meanwhile each stream does a copy."""
+        self.now += seconds
+        assert self.now < LONGEST_S, "waits for a stream that never ends"
+        for stream in self.streams.values():
+            stream.run(1)
+
+    # Of the driver
+
+    def event(self) -> FakeEvent:
+        self.events += 1
+        return FakeEvent(self)
+
+    def current_context(self) -> int:
+        return CONTEXT
+
+    def use_context(self, context: int) -> None:
+        assert context == CONTEXT
+
+    def copy_batch(self, to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:
+        pieces = list(zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True))
+        for piece in pieces:
+            self._check(*piece)
+        refused = self.refuses()
+        for piece in pieces[: len(pieces) // 2] if refused else pieces:
+            self.streams[stream].push(_bytes(*piece))
+        if refused:
+            raise CudaError("error 999: unknown error", field="cuMemcpyBatchAsync")
+
+    def copy_strided(self, to: int, source: int, width: int, rows: int, pitch: int, stream: int) -> None:
+        self._check(to, source, (rows - 1) * pitch + width)
+        if self.refuses():
+            raise CudaError("error 999: unknown error", field="cuMemcpy2DAsync_v2")
+        copies = [_bytes(to + row * pitch, source + row * pitch, width) for row in range(rows)]
+        self.streams[stream].push(lambda: [copy() for copy in copies])
+
+    def _check(self, to: int, source: int, size: int) -> None:
+        for first in (to, source):
+            if size <= 0 or not any(begin <= first and first + size <= end for begin, end in self._pieces):
+                raise CudaError("error 1: invalid argument", field="cuMemcpy")
+
+
+def _bytes(to: int, source: int, size: int) -> Callable[[], object]:
+    return lambda: ctypes.memmove(to, source, size)
