@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,18 +17,19 @@ from mtserve.config import EngineConfig
 from mtserve.engine import setup
 from mtserve.engine.answers import Answers
 from mtserve.engine.batch import BatchPlan
+from mtserve.engine.flight import Flight
 from mtserve.engine.job import Job
 from mtserve.engine.memory import Memory
 from mtserve.engine.onload import MAX_LOADS
 from mtserve.engine.pace import Pace
 from mtserve.engine.planner import Planner
-from mtserve.engine.runner import BatchRunner, Done, Pending, Runner
+from mtserve.engine.runner import BatchRunner, Done
+from mtserve.engine.runners import make_runner, max_prefix
 from mtserve.engine.scheduler import Scheduler, Slot
 from mtserve.engine.sequence import SequenceBuilder, UserSequence
 from mtserve.engine.stopwatch import Stopwatch
 from mtserve.engine.tiers import Reservation, Tiers
 from mtserve.errors import FailedPrecondition
-from mtserve.kernels.backend import load_kernels
 from mtserve.metrics import Metrics
 from mtserve.model.ranking import RankingModel
 from mtserve.model.weights import fingerprint
@@ -40,18 +40,6 @@ from mtserve.types import Clock, History
 log = logging.getLogger(__name__)
 
 LEFT_BEHIND: list[object] = []  # memory of closed engines that a stuck copy may still touch
-
-
-@dataclass(frozen=True)
-class Flight:
-    """A batch between its launch and its answers."""
-
-    slots: Sequence[Slot]
-    reservation: Reservation | None
-    plan: BatchPlan
-    pending: Pending
-    began: float  # on the engine's clock
-    launched: float  # on the stopwatch's
 
 
 class Core:
@@ -102,7 +90,7 @@ class Core:
             clock=self._clock, track_freed=config.poison_pages,
         )  # fmt: skip
         mover = setup.make_link(memory.pool, memory.arena, self._clock, fault, chaos)
-        return Tiers(index, mover, config, self._metrics, self._clock, self._max_prefix(model))
+        return Tiers(index, mover, config, self._metrics, self._clock, max_prefix(model))
 
     def _install(self, model: RankingModel) -> None:
         if model.device != self.device or model.dtype != self.dtype:
@@ -117,22 +105,7 @@ class Core:
 
     def _make_runner(self, model: RankingModel) -> BatchRunner:
         pool = None if self.tiers is None else self.tiers.mover.pool
-        if self.kernels != "cuda":
-            return Runner(model, load_kernels(self.kernels), pool)
-        # Only CUDA machines have what these kernels are built from.
-        from mtserve.engine.graphs import GraphRunner
-
-        alone = self._max_prefix(model) + self.config.max_candidates
-        return GraphRunner(
-            model, pool, self.config.page_tokens,
-            rows=max(self.config.max_batch_tokens, alone), slots=self.config.max_batch_requests,
-            width=-(-self._max_prefix(model) // self.config.page_tokens), capture=self.config.graphs == "on",
-            deterministic=self.config.deterministic,
-        )  # fmt: skip
-
-    @staticmethod
-    def _max_prefix(model: RankingModel) -> int:
-        return len(model.schema.user) + model.config.max_history
+        return make_runner(model, self.config, self.kernels, pool)
 
     def admit(self, job: Job) -> None:
         """Queue `job`. Raises ResourceExhausted when the queue is full."""

@@ -1,0 +1,23 @@
+"""A batch between its launch and its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mtserve.engine.batch import BatchPlan
+from mtserve.engine.runner import Pending
+from mtserve.engine.scheduler import Slot
+from mtserve.engine.tiers import Reservation
+
+
+@dataclass(frozen=True)
+class Flight:
+    """What was launched, with what it holds; `reservation` is None where no states are kept."""
+
+    slots: Sequence[Slot]
+    reservation: Reservation | None
+    plan: BatchPlan
+    pending: Pending
+    began: float  # on the engine's clock
+    launched: float  # on the stopwatch's
