@@ -142,9 +142,10 @@ class CudaMover(Mover):
         return len(job.copy.gpu_pages) * self._page_bytes
 
     def _feed(self) -> None:
-        """Give the driver what it has room for."""
+        """Give the driver what it has room for, and always something."""
+        most = min(QUEUED_BYTES, QUEUED_PAGES * self._page_bytes)
         for kind, lane in self._lanes.items():
-            while lane.waiting and lane.queued_bytes < min(QUEUED_BYTES, QUEUED_PAGES * self._page_bytes):
+            while lane.waiting and (not lane.under_way or lane.queued_bytes + lane.waiting[0].size <= most):
                 submission = lane.waiting.popleft()
                 # Behind others a load waits anyway; whole pages are a little faster.
                 if kind == LOAD and not lane.under_way and submission.size >= GROUPED_LOAD_BYTES:
