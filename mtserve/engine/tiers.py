@@ -167,8 +167,9 @@ class Tiers:
     def _begin_stores(self) -> None:
         # Half of the host tier at most: the pages of copies under way cannot make room for others.
         most = min(self._queue_pages, -(-self._counts.host_pages // 2))
-        self._write_back.grows = self._counts.host_pages < len(self.mover.arena)
-        stores, deferred = self._write_back.begin(most - self._transfers.moving_bytes(STORE) // self._page_bytes)
+        room = most - self._transfers.moving_bytes(STORE) // self._page_bytes
+        grows = self._counts.host_pages < len(self.mover.arena)
+        stores, deferred = self._write_back.begin(room, host_grows=grows)
         if deferred and not self._deferred:
             self._metrics.count("write_backs_deferred_total")
         self._deferred = deferred

@@ -26,8 +26,9 @@ class WriteBack:
         self._index, self._clock, self._idle_s = index, clock, idle_s
         self._unsaved: dict[str, float] = {}  # user -> time of the last batch, oldest first
         self._grown: dict[str, None] = {}  # of these, users with full pages that nobody has tried to save yet
-        self.grows = False  # whether the host tier is still to become larger
-        self._crowded: dict[str, None] = {}  # users for whom, or for all of whom, it had no room until then
+        self._crowded: dict[
+            str, None
+        ] = {}  # users for whom, or for all of whom, a host tier that grows had no room yet
 
     def __len__(self) -> int:
         """Users with states that the host may not have."""
@@ -42,8 +43,11 @@ class WriteBack:
             self._grown[user] = None
             self._crowded.pop(user, None)
 
-    def begin(self, pages: int) -> tuple[list[Store], bool]:
-        """The copies to start now, `pages` or little more; and whether more should have started."""
+    def begin(self, pages: int, *, host_grows: bool = False) -> tuple[list[Store], bool]:
+        """The copies to start now, `pages` or little more; and whether more should have started.
+
+        `host_grows`: whether the host tier is still to become larger, so that who finds no room there is tried again.
+        """
         stores: list[Store] = []
         waiting: list[str] = []
         if self._idle_s > 0:
@@ -60,7 +64,7 @@ class WriteBack:
                 continue
             del self._unsaved[user]
             self._grown.pop(user, None)
-            if self.grows and self._index.unsaved_tokens(user) > covered.get(user, 0):
+            if host_grows and self._index.unsaved_tokens(user) > covered.get(user, 0):
                 self._crowded[user] = None
         return stores + whole, bool(waiting or late)
 

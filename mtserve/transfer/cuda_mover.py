@@ -1,8 +1,9 @@
 """The mover on CUDA: the copy engines, one stream a direction, fed by the driver with the interpreter's lock kept.
 
-Pieces and calls were chosen by measurement on an H200 (benchmarks/bench_transfer.py): `cuMemcpyBatchAsync` moves pages
-of 1 MiB that lie anywhere at 53 GB/s each way and 47 both ways at once, of which single copies reach 48 and 37; copies
-of part of a page's layers, strided over a run of pages, reach 51.5 from 2 MiB a piece on.
+Pieces and calls were chosen by measurement on an H200. `cuMemcpyBatchAsync` moves pages of 1 MiB that lie anywhere at
+54 GB/s each way and 46 both ways at once, of which single copies reach 47 and 37 (benchmarks/bench_transfer.py). Copies of
+part of a page's layers, strided over a run of pages, reached 51.5 from 2 MiB a piece on in a trial, which no benchmark
+repeats.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The shape of a page, on the device and in host memory alike, and the device's pool of them.
 
-Sizes were chosen by measurement on an H200 (benchmarks/bench_transfer.py), with the link's 55 GB/s as the goal:
+Sizes were chosen by trials on an H200, with the link's 55 GB/s as the goal; benchmarks/bench_transfer.py repeats those
+of whole pages:
 
     page    64 tokens of all layers side by side: 1 MiB for 8 layers x 4 heads x 128 in bf16. The copy engine moves
-            whole pages that lie anywhere at 53 GB/s; by layer, 128 KiB, it would be 40.
+            whole pages that lie anywhere at 54 GB/s; by layer, 128 KiB, it would be 40.
     run     up to 16 neighbouring pages of one user, on both sides (csrc/cache/allocator.h): 2 layers of such a run,
             a strided piece of 4 MiB, move at 53 GB/s, so that a long history can come by groups of layers.
     chunk   64 MiB of the arena, pinned at once (transfer/arena.py): other calls of CUDA wait 2.5 ms for that.

@@ -52,13 +52,12 @@ def test_a_user_deleted_before_its_batch_over_a_load_ends_has_no_states(world: M
 def test_users_without_room_on_the_host_are_forgotten_with_their_states(who: str | None) -> None:
     index = TieredIndex(4, 8, 1, clock=lambda: 0.0)
     write_back = WriteBack(index, lambda: 0.0, 0.0)
-    write_back.grows = True
     chain = np.arange(1, 12, dtype=np.uint64)
     cached, stored, table = np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros((1, 3), np.int32)
     for user in "ab":
         index.end_batch(index.begin_batch([user], [chain], cached, stored, table), True)
     write_back.grew("ab")
-    write_back.begin(100)
+    write_back.begin(100, host_grows=True)
     assert len(write_back) == 2
     write_back.forget(who)
     assert len(write_back) == (0 if who is None else 1)

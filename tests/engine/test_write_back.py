@@ -166,13 +166,12 @@ def queueing(world: Make, pages: int, **options: Any) -> tuple[World, DelayedMov
 def test_users_without_room_are_saved_as_the_host_tier_grows() -> None:
     index = TieredIndex(4, 20, 2, clock=lambda: 0.0)
     write_back = WriteBack(index, lambda: 0.0, 0.0)
-    write_back.grows = True
     chains = {user: np.arange(1, 12, dtype=np.uint64) + 100 * place for place, user in enumerate("abc")}
     cached, stored, table = np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros((1, 3), np.int32)
     for user, chain in chains.items():
         index.end_batch(index.begin_batch([user], [chain], cached, stored, table), True)
     write_back.grew("abc")
-    held, deferred = write_back.begin(100)
+    held, deferred = write_back.begin(100, host_grows=True)
     assert [(store.user, store.tokens) for store in held] == [("a", 8)]  # all the room there is
     assert not deferred
     assert len(write_back) == 3
