@@ -249,6 +249,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[Result], Lines]], ...] = (
     ("loop.json", "make gpu-check", loop_lines),
     ("transfer.json", "make gpu-check", transfer_lines),
     ("soak_cpu.json", "python benchmarks/soak.py", soak_lines),
+    ("soak_cuda.json", "python benchmarks/soak.py --device cuda", soak_lines),
+    ("soak_cuda_2.json", "python benchmarks/soak.py --device cuda", soak_lines),
     ("formats.json", "python benchmarks/bench_formats.py", format_lines),
     ("planning.json", "make bench", planning_lines),
     ("history.json", "make bench", history_lines),

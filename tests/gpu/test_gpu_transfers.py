@@ -449,7 +449,7 @@ def test_a_chunk_that_cannot_be_pinned_leaves_no_error_behind() -> None:
         host.tensor[:ready].copy_(torch.randn(ready, *MIDDLE.sizes).to(MIDDLE.dtype))
         pages = np.arange(ready, dtype=np.int32)
         torch.cuda.synchronize()
-        mover.submit(LOAD, [_copy(ready, pages, pages[::-1])])
+        mover.submit(LOAD, [_copy(ready, pages, pages[::-1].copy())])
         mover.wait()
         assert mover.poll() == [Finished(LOAD, ready, None)]
         assert _same(pool[:ready].cpu(), host.tensor[:ready].flip(0))
