@@ -154,11 +154,18 @@ class EngineConfig(Config):
     host_cache: str = option(
         "1GiB", "states in host memory, pinned on cuda: bytes, or a share of available memory; 0 turns the tier off"
     )
+    host_format: str = option(
+        "kv",
+        "what the host keeps of a page: kv, the states themselves; kv8, in int8; x8 or x4, what they are made from in "
+        "int8 or int4, half to an eighth of the bytes. All but kv cost device memory for a packed twin of each page, and "
+        "scores of restored users move a little (docs/restore.md)",
+        choices=("kv", "kv8", "x8", "x4"),
+    )
     restore: str = option(
         "auto",
-        "how states that only the host has come back: load, or auto: by whichever is expected to be sooner, loading or "
-        "encoding them again",
-        choices=("auto", "load"),
+        "how states that only the host has come back: load; recompute: never from the host; auto: by whichever is "
+        "expected to be sooner, or the first layers by one and the rest by the other",
+        choices=("auto", "load", "recompute"),
     )
     host_pinning: str = option(
         "background",

@@ -19,6 +19,7 @@ BUCKETS_PER_DOUBLING = 35
 TIERS = ("gpu", "host", "encoded")
 SOURCES = ("gpu", "host", "cold")
 GROUPS = ("0", "1", "2", "3")  # of layers, in the order in which a load brings them
+WAYS = ("load", "split", "recompute")
 REASONS = ("queue_full", "invalid", "not_found", "draining")
 CODES = (
     "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND",
@@ -81,6 +82,8 @@ TABLE: tuple[Family, ...] = (
     _counter("write_backs_deferred_total", "times that GPU to host copies began to wait because too many were under way"),
     _counter("spare_requests_total", "requests encoded without keeping their states, as the device had no room and nothing else to do"),
     _counter("loads_declined_total", "prefixes encoded again because that was expected to be sooner than loading them"),
+    _counter("restored_batches_total", "batches begun for users whose states only the host had, by what was expected to be soonest", "way", WAYS),
+    _gauge("restore_prediction_error", "median of |predicted - actual| / actual time of such batches of late"),
     _counter("copies_stuck_total", "copies between the tiers that had not ended within copy_timeout_ms"),
     _counter("load_bytes_total", "bytes copied host to GPU"),
     _counter("store_bytes_total", "bytes copied GPU to host"),

@@ -17,8 +17,9 @@ from small_models import START_MS, make_behaviours, make_candidates, make_featur
 
 from mtserve.cache.index import Copy
 from mtserve.config import EngineConfig
-from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize
+from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
 from mtserve.engine.engine import Engine
+from mtserve.engine.footprint import Footprint, packed_format
 from mtserve.engine.runner import BatchRunner
 from mtserve.engine.runner import Pending as PendingBatch
 from mtserve.engine.setup import DTYPES, page_shape
@@ -26,6 +27,8 @@ from mtserve.errors import TransferFailed
 from mtserve.history.store import HistoryStore
 from mtserve.model.ranking import RankingModel
 from mtserve.model.reference import recompute
+from mtserve.restore.choice import Choice
+from mtserve.restore.costs import Costs
 from mtserve.transfer.mover import LOAD, Arrivals, Fault, Finished, Mover, SyncMover
 from mtserve.types import History, Request, Rows, ScoreResult
 
@@ -67,6 +70,8 @@ class DelayedMover(SyncMover):
         self.jobs: list[tuple[str, Copy, TransferFailed | None]] = []
         self.ended: list[Finished] = []
         self.submitted: list[str] = []
+        self.first_layers: dict[int, int] = {}  # of split loads, by ticket
+        self.unpacker = old.unpacker
 
     def submit(self, kind: str, copies: Sequence[Copy]) -> None:
         for each in copies:
@@ -74,6 +79,14 @@ class DelayedMover(SyncMover):
             copy = Copy(each.ticket, each.user, *pages, each.first_token, each.tokens)
             self.submitted.append(kind)
             self.jobs.append((kind, copy, None if self.late else self.attempt(kind, copy)))
+
+    def submit_split(self, loads: Sequence[Copy], first_layer: int) -> DelayedArrivals:
+        self.first_layers.update((each.ticket, first_layer) for each in loads)
+        self.submit(LOAD, loads)
+        return DelayedArrivals(self, frozenset(each.ticket for each in loads))
+
+    def attempt(self, kind: str, copy: Copy, first_layer: int = 0) -> TransferFailed | None:
+        return super().attempt(kind, copy, self.first_layers.get(copy.ticket, first_layer) if kind == LOAD else 0)
 
     def release(self, index: int = 0) -> None:
         """End one job, by default the oldest."""
@@ -167,8 +180,13 @@ class OverlappingRunner:
     def room(self, size: BatchSize) -> BatchArrays:
         return self.runner.room(size)
 
-    def start(self, plan: BatchPlan, arrivals: Arrivals | None = None) -> PendingBatch:
-        return self.runner.start(plan, arrivals)
+    def early_room(self, size: BatchSize) -> BatchArrays:
+        return self.runner.early_room(size)
+
+    def start(
+        self, plan: BatchPlan, arrivals: Arrivals | None = None, early: EarlyLayers | None = None
+    ) -> PendingBatch:
+        return self.runner.start(plan, arrivals, early)
 
     def settle(self) -> None:
         self.runner.settle()
@@ -194,6 +212,7 @@ class World:
         device: str = "cpu",
         dtype: str = "float32",
         tolerance: float = TOLERANCE,
+        costs: Costs | None = None,
         **config: Any,
     ) -> None:
         self.model = model if model is not None else small_model()
@@ -202,10 +221,17 @@ class World:
         self.truth = self.model
         self.tolerance = tolerance
         sizes = EngineConfig(device=device, dtype=dtype, page_tokens=page_tokens, poison_pages=True)
-        page = page_shape(self.model.config, sizes, DTYPES[dtype]).bytes
-        tiers = {"gpu_cache": f"{gpu_pages * page}B", "host_cache": f"{host_pages * page}B"}
+        states = page_shape(self.model.config, sizes, DTYPES[dtype])
+        packed = None
+        if host_pages:
+            formatted = dataclasses.replace(sizes, host_format=config.get("host_format", "kv"))
+            packed = packed_format(self.model.config, formatted, states)
+        page = Footprint.of(states, packed)
+        tiers = {"gpu_cache": f"{gpu_pages * page.gpu}B", "host_cache": f"{host_pages * page.host}B"}
         self.config = dataclasses.replace(sizes, **{**tiers, "write_back_idle_ms": 0, **config})
-        self.engine = Engine(self.model, self.config, history=history, clock=self.clock, start=start, fault=fault)
+        self.engine = Engine(
+            self.model, self.config, history=history, clock=self.clock, start=start, fault=fault, costs=costs
+        )
         self.rows: dict[str, Rows] = {}
         self.features: dict[str, Rows | None] = {}
 
@@ -309,8 +335,17 @@ class World:
         """Have the engine believe that a token takes so many seconds to encode."""
         self.engine._core._pace.token_s = lambda now: token_s  # type: ignore[method-assign]
 
+    def restore_at(self, layer: int) -> None:
+        """Have batches load the layers from `layer` on of what only the host has, and encode the others."""
+        choice = Choice(layer, 1.0, "load" if layer == 0 else "split", {})
+        if layer == self.model.config.layers:
+            choice = Choice(layer, 1.0, "recompute", {})
+        self.tiers.restoring._choose = lambda loads, needs, others: choice
+
     def use_mover(self, mover: Mover) -> None:
         self.tiers.mover = self.tiers._onload.mover = mover
+        if self.tiers.restoring is not None:
+            self.tiers.restoring._mover = mover
 
     def delay_copies(self, late: bool = True, fault: Fault | None = None, near_loads: bool = False) -> DelayedMover:
         mover = DelayedMover(self.tiers.mover, late, fault, near_loads=near_loads)

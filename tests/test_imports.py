@@ -1,4 +1,4 @@
-"""The order of imports: base <- {cache, kernels} <- {transfer, model} <- engine <- server <- cli."""
+"""The order of imports: base <- {cache, kernels} <- {transfer, model, restore} <- engine <- server <- cli."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mtserve"
 BASE = {"base", "proto"}
-ENGINE = BASE | {"cache", "kernels", "transfer", "model", "history", "engine"}
+ENGINE = BASE | {"cache", "kernels", "transfer", "model", "restore", "history", "engine"}
 ALLOWED: dict[str, set[str]] = {
     "base": {"base"},
     "proto": {"proto"},
@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"base", "kernels"},
     "transfer": {"base", "cache", "kernels", "transfer"},
     "model": {"base", "cache", "kernels", "model"},
+    "restore": {"base", "restore"},
     "history": {"base", "model.schema", "history"},
     "engine": ENGINE - {"proto"},
     "trace": (ENGINE - {"proto"}) | {"trace"},
@@ -75,7 +76,7 @@ def test_modules_import_only_what_lies_below_them(path: Path) -> None:
             assert _may(module, imported), f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("layer", ["cache", "history", "proto"])
+@pytest.mark.parametrize("layer", ["cache", "history", "proto", "restore"])
 def test_layers_without_torch(layer: str) -> None:
     for path in (PACKAGE / layer).rglob("*.py"):
         names = {name.split(".")[0] for name in _imported(path)}
@@ -88,6 +89,7 @@ def test_the_rules_can_be_broken() -> None:
     assert not _may("mtserve.cache.index", "mtserve.engine.engine")
     assert not _may("mtserve.transfer.mover", "mtserve.model.hstu")
     assert not _may("mtserve.history.store", "mtserve.model.ranking")
+    assert not _may("mtserve.restore.choice", "mtserve.transfer.mover")
     assert not _may("mtserve.server.server", "mtserve.trace.schema")
     assert not _may("mtserve.engine.core", "mtserve.trace.schema")
     assert _may("mtserve.history.store", "mtserve.model.schema")

@@ -163,3 +163,20 @@ class BatchPlan:
         if len(section) == len(source):
             return section
         return section[(source - first) // dtype.itemsize]  # of some slots only
+
+
+@dataclass(frozen=True)
+class EarlyLayers:
+    """Layers [0, layers) of a batch, which run over the rows of `plan`: those of the batch's own plan and, ahead of them
+    in each slot, rows of tokens whose later layers come from the host.
+    """
+
+    plan: BatchPlan
+    layers: int
+
+    def late_rows(self, late: BatchPlan) -> npt.NDArray[np.int64]:
+        """int64 [late.rows]: of each row of the batch's own plan, the row of this one."""
+        early = self.plan.layout.slots.astype(np.int64)
+        _, _, first, rows = late.layout.slots.astype(np.int64).T
+        shift = early[:, 2] + early[:, 3] - rows - first
+        return np.arange(late.rows) + np.repeat(shift, rows)

@@ -16,24 +16,29 @@ from mtserve.cache.index import TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine import setup
 from mtserve.engine.answers import Answers
-from mtserve.engine.batch import BatchPlan
+from mtserve.engine.batch import BatchPlan, EarlyLayers
 from mtserve.engine.flight import Flight
+from mtserve.engine.footprint import packed_format
 from mtserve.engine.job import Job
+from mtserve.engine.known_costs import known_costs
 from mtserve.engine.memory import Memory
 from mtserve.engine.onload import MAX_LOADS
 from mtserve.engine.pace import Pace
 from mtserve.engine.planner import Planner
 from mtserve.engine.runner import BatchRunner, Done
-from mtserve.engine.runners import make_runner, max_prefix
+from mtserve.engine.runners import largest_batch, make_runner, max_prefix
 from mtserve.engine.scheduler import Scheduler, Slot
 from mtserve.engine.sequence import SequenceBuilder, UserSequence
 from mtserve.engine.stopwatch import Stopwatch
 from mtserve.engine.tiers import Reservation, Tiers
+from mtserve.engine.unpackers import make_unpacker
 from mtserve.errors import FailedPrecondition
 from mtserve.metrics import Metrics
 from mtserve.model.ranking import RankingModel
 from mtserve.model.weights import fingerprint
+from mtserve.restore.costs import Costs
 from mtserve.transfer.chaos import Chaos
+from mtserve.transfer.cuda_mover import layer_groups
 from mtserve.transfer.mover import Fault
 from mtserve.types import Clock, History
 
@@ -54,8 +59,10 @@ class Core:
         fault: Fault | None = None,
         *,
         background: bool = False,
+        costs: Costs | None = None,
     ) -> None:
-        """`background`: the host tier may be smaller at first; whoever asks so calls `memory.grow`."""
+        """`costs`: of restoring, calibrated on CUDA where not given; elsewhere batches then do not decide how states come
+        back. `background`: the host tier may be smaller at first; whoever asks so calls `memory.grow`."""
         self.config = config
         chaos = setup.resolve_chaos(config, fault)
         self.device = setup.resolve_device(config.device)
@@ -73,11 +80,13 @@ class Core:
         self.memory: Memory | None = None
         self.tiers: Tiers | None = None
         if config.cache == "on":
-            self.memory = Memory(config, self._shape, self.device, chaos, background=background)
+            packed = packed_format(model.config, config, self._shape)
+            self.memory = Memory(config, self._shape, packed, self.device, chaos, background=background)
         try:
             if self.memory is not None:
                 self.tiers = self._make_tiers(model, self.memory, fault, chaos)
             self._install(model)
+            self._restore_by(costs)
         except Exception:
             if self.memory is not None:
                 self.memory.close()  # nobody else will
@@ -89,8 +98,8 @@ class Core:
             config.page_tokens, len(memory.pool), memory.arena.ready, config.policy,
             clock=self._clock, track_freed=config.poison_pages,
         )  # fmt: skip
-        mover = setup.make_link(memory.pool, memory.arena, self._clock, fault, chaos)
-        return Tiers(index, mover, config, self._metrics, self._clock, max_prefix(model))
+        mover = setup.make_link(memory.link, memory.arena, self._clock, fault, chaos)
+        return Tiers(index, mover, memory.footprint, config, self._metrics, self._clock, max_prefix(model))
 
     def _install(self, model: RankingModel) -> None:
         if model.device != self.device or model.dtype != self.dtype:
@@ -103,9 +112,29 @@ class Core:
         self._planner = Planner(model, self.config.page_tokens)
         self._runner = self._make_runner(model)
 
+    def _restore_by(self, costs: Costs | None) -> None:
+        """Let batches decide how states come back, where anything is known of what that costs."""
+        config, model = self.config, self.model.config
+        if self.tiers is None or self.memory is None or not self.memory.arena.ready or config.restore != "auto":
+            return
+        if costs is None and self.kernels == "cuda":
+            costs = known_costs(
+                self._runner, self._planner, self.builder, self.tiers.mover, self.model, config, self.kernels,
+                host_pages=self.memory.arena.ready,
+            )  # fmt: skip
+        if costs is not None:
+            self.tiers.restore_by(
+                costs, rows=largest_batch(self.model, config), groups=layer_groups(model.layers),
+                frozen_sees_all=model.static_attention == "full",
+            )  # fmt: skip
+
     def _make_runner(self, model: RankingModel) -> BatchRunner:
-        pool = None if self.tiers is None else self.tiers.mover.pool
-        return make_runner(model, self.config, self.kernels, pool)
+        if self.memory is None or self.tiers is None:
+            return make_runner(model, self.config, self.kernels, None)
+        states, packed = self.memory.pool, self.memory.packed
+        if packed is not None:
+            self.tiers.mover.unpacker = make_unpacker(self.kernels, packed, states, model)
+        return make_runner(model, self.config, self.kernels, states, packed)
 
     def admit(self, job: Job) -> None:
         """Queue `job`. Raises ResourceExhausted when the queue is full."""
@@ -126,9 +155,13 @@ class Core:
         self.scheduler.drop_hopeless(now, self._pace.token_s(now))
         progress = self._finish_copies(now)
         lap("copies")
-        slots = self.scheduler.take(self._cached, self._spare, idle=self._flight is None)
+        idle = self._flight is None
+        slots = self.scheduler.take(self._cached, self._spare, self._restorable, idle=idle)
         launched = self._launch(slots) if slots else None
         lap("planning")
+        if idle and self._restores:
+            self._onload()  # what the batch that was to come first has left
+            lap("copies")
         try:
             landed = self.land()
         finally:
@@ -143,12 +176,26 @@ class Core:
         return progress or bool(slots) or landed
 
     def _finish_copies(self, now: float) -> bool:
-        """Publish the copies that ended, start the onloads that waiting requests need."""
+        """Publish the copies that ended, start the onloads that waiting requests need.
+
+        While the device is idle a batch may decide for itself how its states come back: then it comes first.
+        """
         if self.tiers is None:
             return False
         ended = self.tiers.finish()
-        self.tiers.onload(self.scheduler.head(), self._pace.token_s(now))
+        self.tiers.survey(self.scheduler.head(), self._pace.token_s(now))
+        if self._flight is None and self._restores:
+            return ended > 0
+        self._onload()
         return self.tiers.finish() + ended > 0
+
+    @property
+    def _restores(self) -> bool:
+        return self.tiers is not None and self.tiers.restoring is not None
+
+    def _onload(self) -> None:
+        if self.tiers is not None:
+            self.tiers.onload(self.scheduler.head())
 
     def _cached(self, job: Job) -> int | None:
         return 0 if self.tiers is None else self.tiers.cached(job)
@@ -156,6 +203,9 @@ class Core:
     def _spare(self, job: Job) -> bool:
         """Whether `job`, which must wait, may rather be encoded whole."""
         return self.tiers is not None and self.tiers.spare(job)
+
+    def _restorable(self, job: Job) -> int | None:
+        return None if self.tiers is None else self.tiers.restorable(job)
 
     def _launch(self, slots: Sequence[Slot]) -> Flight | None:
         """Reserve, plan and start a batch; None when that failed, and its requests with it."""
@@ -167,12 +217,13 @@ class Core:
                 reservation = self.tiers.reserve(slots)
             self._metrics.count("spare_requests_total", sum(len(slot.jobs) for slot in slots if not slot.keep))
             plan = self._planner.plan(slots, reservation, self._runner.room)
+            early = self._plan_early(slots, reservation)
             # A part that found no pages was planned whole: its jobs, which `take` left queued, are answered now.
             self.scheduler.remove([job for slot in parts if not slot.partial for job in slot.jobs])
             # Nothing to encode and nothing to score: a prefetch that found all of its states.
             arrivals = None if reservation is None else reservation.arrivals
             launched = self.stopwatch.lap("planning")
-            pending = self._runner.start(plan, arrivals) if plan.tokens else Done(self._no_logits)
+            pending = self._runner.start(plan, arrivals, early) if plan.tokens else Done(self._no_logits)
             self.stopwatch.lap("planning" if self._runner.overlaps else "device")
             return Flight(slots, reservation, plan, pending, began, launched)
         except Exception as error:
@@ -182,6 +233,14 @@ class Core:
             finally:
                 self._fail(slots, reservation, error)
             return None
+
+    def _plan_early(self, slots: Sequence[Slot], reservation: Reservation | None) -> EarlyLayers | None:
+        """The layers of a batch that come before those that are loaded, where there are both."""
+        restored = None if reservation is None else reservation.restored
+        if reservation is None or restored is None or not restored.loads or not restored.choice.first_layer:
+            return None
+        early = reservation.early([slot.user_id for slot in slots])
+        return EarlyLayers(self._planner.plan(slots, early, self._runner.early_room), restored.choice.first_layer)
 
     def land(self) -> bool:
         """Wait for the batch under way and answer it; False when there is none."""
@@ -202,7 +261,10 @@ class Core:
             self._metrics.count_many((("batches_over_loads_total", 1, ""), *groups))
         now = self._clock()
         seconds = now - flight.began
-        self._pace.landed(flight.began, now, flight.plan.tokens)
+        if flight.reservation is None or flight.reservation.restored is None:
+            self._pace.landed(flight.began, now, flight.plan.tokens)
+        elif self.tiers is not None:
+            self.tiers.restored(flight.reservation.restored, seconds)
         try:
             self._commit(flight.slots, flight.reservation, flight.plan, logits, seconds)
         except Exception as error:  # ours, or the device's end: the loop stops, but nobody waits for ever

@@ -27,6 +27,7 @@ from mtserve.metrics import Metrics
 from mtserve.model.cut import Cut, cut_history
 from mtserve.model.ranking import RankingModel
 from mtserve.model.schema import FeatureSchema
+from mtserve.restore.costs import Costs
 from mtserve.transfer.mover import Fault
 from mtserve.types import Clock, History, Request, Rows, ScoreResult
 from mtserve.units import parse_capacity
@@ -39,6 +40,7 @@ class Engine:
     `clock`: seconds; deadlines and unset exposure times are read off it.
     `start=False` starts no thread: the caller drives `step`, and `score` drives it by itself.
     `fault` makes copies between the tiers fail, for tests; `config.chaos` does so by itself.
+    `costs` of restoring states (`restore = "auto"`): calibrated where not given, on a GPU with the cuda kernels.
 
     All methods may be called from any thread, unless `start=False`.
     """
@@ -52,6 +54,7 @@ class Engine:
         clock: Clock = time.time,
         start: bool = True,
         fault: Fault | None = None,
+        costs: Costs | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         self.metrics = Metrics()
@@ -59,7 +62,7 @@ class Engine:
         self._owns_history = history is None
         self._clock = clock
         snapshot_bytes = parse_capacity(self.config.snapshot_cache, of=available_memory(), field="snapshot_cache")
-        self._core = Core(model, self.config, self.metrics, clock, fault, background=start)
+        self._core = Core(model, self.config, self.metrics, clock, fault, background=start, costs=costs)
         self._sequences = SequenceCache(self.history, self._core.builder, snapshot_bytes)
         self._loop = Loop(self._core, start=start)
         self._grow_host_tier()

@@ -22,11 +22,15 @@ class LayerWaits:
         """`groups`: the first layer of each."""
         self.events = {first: Event() for first in groups}
 
-    def before_layer(self, layer: int) -> None:
-        """Queue, or capture, the wait of layer `layer` on the current stream."""
-        if layer in self.events:
+    def before(self, layer: int, *, first: bool = False) -> None:
+        """Queue, or capture, the wait of layer `layer` on the current stream, if it is the first of its group.
+
+        `first`: no layer of the group comes before it, as in a batch whose earlier layers wait for nothing.
+        """
+        group = max(each for each in self.events if each <= layer)
+        if first or layer == group:
             capturing = torch.cuda.is_current_stream_capturing()
-            self.events[layer].hold_back(torch.cuda.current_stream().cuda_stream, external=capturing)
+            self.events[group].hold_back(torch.cuda.current_stream().cuda_stream, external=capturing)
 
 
 class Gates:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize
+from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
 from mtserve.engine.gates import Gates, LayerWaits
 from mtserve.engine.heads import TaskHeads
 from mtserve.engine.metadata import Capacity, Metadata, bucket_rows
@@ -23,6 +23,8 @@ from mtserve.kernels.cuda.driver import (
     use_context,
 )
 from mtserve.kernels.host_copy.cuda import HostCopy
+from mtserve.kernels.host_format.packed import PackedPages
+from mtserve.kernels.late_rows.triton import late_rows
 from mtserve.model.ranking import RankingModel
 from mtserve.transfer.cuda_mover import layer_groups
 from mtserve.transfer.mover import Arrivals
@@ -32,12 +34,17 @@ MAX_GRAPHS = 256
 
 
 class GraphKey(NamedTuple):
-    """What a captured graph is good for: any batch of this bucket, tile, mode of the attention's output and need to wait."""
+    """What a captured graph is good for: any batch of this bucket, tile, mode of the attention's output and need to wait.
+
+    Layers [first, last): all, or one of the two parts of a split batch.
+    """
 
     rows: int
     tile_rows: int
     direct: bool
     gated: bool  # waits for pages on their way
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -68,16 +75,18 @@ class GraphRunner:
 
     def __init__(
         self, model: RankingModel, pool: torch.Tensor | None, page_tokens: int, *, rows: int, slots: int, width: int,
-        capture: bool = True, deterministic: bool = False,
+        capture: bool = True, deterministic: bool = False, packed: PackedPages | None = None,
     ) -> None:  # fmt: skip
         self._model, self._capture = model, capture
+        self._layers = model.config.layers
         capacity = Capacity.of(model.schema, rows, slots, width)
         tasks = len(model.config.tasks)
         with torch.inference_mode():
             self._embedding = TokenEmbedding(model, capacity.rows)
-            self._stack = Stack(model, pool, page_tokens, capacity.rows, deterministic=deterministic)
+            self._stack = Stack(model, pool, page_tokens, capacity.rows, packed=packed, deterministic=deterministic)
+            self._late = torch.zeros_like(self._stack.buffers.x)  # rows of a split batch that go on
             self._heads = TaskHeads(model)
-            self._metadata = Metadata(capacity, model.device)
+            self._metadata, self._early = Metadata(capacity, model.device), Metadata(capacity, model.device)
             self._logits = torch.zeros(capacity.rows, tasks, dtype=torch.float32, device=model.device)
             self._answers = [(torch.zeros(capacity.rows, tasks, pin_memory=True), Event()) for _ in range(2)]
             groups = layer_groups(model.config.layers)
@@ -92,8 +101,15 @@ class GraphRunner:
         """Where the next batch is to be laid out; the batch under way keeps its own."""
         return self._metadata.room(bucket_rows(size.rows))
 
-    def start(self, plan: BatchPlan, arrivals: Arrivals | None = None) -> Launched:
-        """Launch the batch laid out in `room`; nothing here waits for the device. At most one other may be under way."""
+    def early_room(self, size: BatchSize) -> BatchArrays:
+        """Where the first layers of the next batch are to be laid out."""
+        return self._early.room(bucket_rows(size.rows))
+
+    def start(self, plan: BatchPlan, arrivals: Arrivals | None = None, early: EarlyLayers | None = None) -> Launched:
+        """Launch the batch laid out in `room`, and in `early_room`; nothing here waits for the device.
+
+        At most one other may be under way.
+        """
         use_context(self._context)  # the caller's thread need not have called CUDA before
         stream = torch.cuda.current_stream(self._model.device).cuda_stream
         gates = None
@@ -101,7 +117,11 @@ class GraphRunner:
             self._gates.reverse()
             gates = self._gates[0]
             gates.open_at(arrivals, stream)
-        self._launch(self._stage(plan, gated=gates is not None), stream)
+        first = 0
+        if early is not None:
+            first = early.layers
+            self._launch(self._stage(self._early, early.plan, gated=False, first=0, last=first), stream)
+        self._launch(self._stage(self._metadata, plan, gated=gates is not None, first=first, last=self._layers), stream)
         self._answers.reverse()
         pinned, done = self._answers[0]
         logits = pinned[: plan.candidates].numpy()
@@ -113,19 +133,19 @@ class GraphRunner:
         """Block until the device has nothing left to do."""
         torch.cuda.synchronize(self._model.device)
 
-    def _stage(self, plan: BatchPlan, *, gated: bool) -> GraphKey:
+    def _stage(self, metadata: Metadata, plan: BatchPlan, *, gated: bool, first: int, last: int) -> GraphKey:
         """Plan the attention's work and start the copy to the device; the graph that the batch needs."""
         bucket = bucket_rows(plan.rows)
         options = self._stack.work_options
-        work = self._metadata.plan_attention(bucket, plan, **options)
+        work = metadata.plan_attention(bucket, plan, **options)
         if work.max_splits > self._stack.max_splits(bucket):
-            work = self._metadata.plan_attention(bucket, plan, **options, pieces=1)
-        device, pinned, size = self._metadata.to_copy(bucket, plan.raw_bytes)
+            work = metadata.plan_attention(bucket, plan, **options, pieces=1)
+        device, pinned, size = metadata.to_copy(bucket, plan.raw_bytes if first == 0 else 0)
         self._copy.run(device.data_ptr(), pinned.data_ptr(), size)
         self._rows += bucket
         self._padded_rows += bucket - plan.rows
         direct = work.max_splits <= 1 and not options["deterministic"]  # a rounded sum is another than an unrounded one
-        return GraphKey(bucket, work.tile_rows, direct, gated)
+        return GraphKey(bucket, work.tile_rows, direct, gated, first, last)
 
     def _launch(self, key: GraphKey, stream: int) -> None:
         """The forward over the staged batch, on the current stream."""
@@ -140,12 +160,24 @@ class GraphRunner:
 
     @torch.inference_mode()
     def _run(self, key: GraphKey) -> None:
-        bucket, metadata, x = key.rows, self._metadata, self._stack.buffers.x[: key.rows]
-        names = ("tiles", "row", "source", "position", "bucket", "raw")
-        tokens = {name: metadata.on_device(bucket, name) for name in names}
-        self._embedding.run(**tokens, x=x)
-        before_layer = self._waits.before_layer if key.gated else None
-        self._stack.run(bucket, metadata, key.tile_rows, direct=key.direct, before_layer=before_layer)
+        bucket, metadata = key.rows, self._metadata if key.last == self._layers else self._early
+        x = (self._stack.buffers.x if key.first == 0 else self._late)[:bucket]
+        if key.first == 0:
+            names = ("tiles", "row", "source", "position", "bucket", "raw")
+            self._embedding.run(**{name: metadata.on_device(bucket, name) for name in names}, x=x)
+        else:
+            slots, count = metadata.on_device(bucket, "slots"), metadata.on_device(bucket, "counts")[1:2]
+            late_rows(self._stack.buffers.x, self._early.slots, slots, count, x)
+
+        def wait(layer: int) -> None:
+            self._waits.before(layer, first=layer == key.first)
+
+        self._stack.run(
+            bucket, metadata, key.tile_rows, direct=key.direct, before_layer=wait if key.gated else None,
+            first=key.first, last=key.last, x=x,
+        )  # fmt: skip
+        if key.last < self._layers:
+            return
         row, counts = metadata.on_device(bucket, "row"), metadata.on_device(bucket, "counts")[2:]
         self._heads.run(x, self._stack.final_offset, row, counts, self._logits[:bucket])
 

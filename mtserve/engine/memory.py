@@ -10,6 +10,9 @@ import torch
 
 from mtserve.config import EngineConfig
 from mtserve.engine import setup
+from mtserve.engine.footprint import Footprint, link_shape
+from mtserve.kernels.host_format.packed import PackedPages
+from mtserve.kernels.host_format.shape import FormatShape
 from mtserve.transfer.arena import ArenaGrowth, HostArena, grow_all
 from mtserve.transfer.chaos import Chaos, ChaosPinning
 from mtserve.transfer.pinning import CudaPinning, Pinning
@@ -19,22 +22,39 @@ log = logging.getLogger(__name__)
 
 
 class Memory:
-    """The device pool and the host arena. The arena is pinned on CUDA, the rest of it by `grow` where that may be later.
+    """The device's pool of states, of their packed twins where the host keeps such, and the host arena.
+
+    `pool` [pages, *PageShape.sizes]; `packed` its twins or None; `link`: that of the two which crosses the link, in the
+    shape that it has in the arena. The arena is pinned on CUDA, the rest of it by `grow` where that may be later.
 
     Raises ResourceExhausted when either does not fit, or when the first chunk of the arena (all of it, unless
     `background`) cannot be pinned: then nothing stays allocated.
     """
 
     def __init__(
-        self, config: EngineConfig, shape: PageShape, device: torch.device, chaos: Chaos | None, *, background: bool
+        self,
+        config: EngineConfig,
+        shape: PageShape,
+        packed: FormatShape | None,
+        device: torch.device,
+        chaos: Chaos | None,
+        *,
+        background: bool,
     ) -> None:
+        """`packed`: the twins' shape; None where the states themselves cross the link."""
         poison = config.poison_pages
         pinning: Pinning | None = CudaPinning(device) if device.type == "cuda" else None
         if chaos is not None and chaos.pin:
             pinning = ChaosPinning(chaos, pinning)
-        pages = setup.arena_pages(config, shape)
-        self.arena = HostArena(shape, pages, device=device, poison=poison, pinning=pinning)
-        self.pool = allocate_pool(shape, setup.device_pages(config, shape, device), device, poison=poison)
+        self.footprint, linked = Footprint.of(shape, packed), link_shape(shape, packed)
+        pages = setup.arena_pages(config, self.footprint.host)
+        self.arena = HostArena(linked, pages, device=device, poison=poison, pinning=pinning)
+        pages = setup.device_pages(config, self.footprint.gpu, device)
+        self.pool = allocate_pool(shape, pages, device, poison=poison)
+        self.link, self.packed = self.pool, None
+        if packed is not None:
+            self.link = allocate_pool(linked, pages, device, poison=poison)
+            self.packed = PackedPages(packed, self.link.flatten(1))
         self.error: Exception | None = None
         self._closed = False
         self._growth: ArenaGrowth | None = None

@@ -125,7 +125,7 @@ class Metadata:
             host.arrays.slots[: plan.slots], host.arrays.limit[: plan.rows], heads=heads, head_dim=head_dim, sms=sms,
             deterministic=deterministic, out_work=host.work, out_splits=host.splits, pieces=pieces,
         )  # fmt: skip
-        host.counts[:] = work.items, 0, plan.first_candidate, plan.candidates
+        host.counts[:] = work.items, plan.slots, plan.first_candidate, plan.candidates
         return work
 
     def to_copy(self, bucket: int, raw_bytes: int) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -136,6 +136,11 @@ class Metadata:
         """The device's view of one section of a bucket."""
         section = self._sections(bucket)[name]
         return self._device[section.first : section.last].view(section.shape)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """The device's view of the batch's slots, which lie in the same place in every bucket."""
+        return self.on_device(SMALLEST_BUCKET, "slots")
 
     def work(self, bucket: int, tile_rows: int) -> AttentionWork:
         """The attention's view of a bucket."""

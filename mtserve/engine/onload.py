@@ -25,7 +25,7 @@ class Onload:
         self._index, self.mover, self._transfers, self._metrics = index, mover, transfers, metrics
         self._page_tokens = config.page_tokens
         self._page_bytes = mover.pool[:1].nbytes
-        self._always_load = config.restore == "load"
+        self._restore = config.restore
         self._failed: set[str] = set()  # users whose loads failed since the last `plan`
         self._window: dict[str, int] = {}  # users whose turn is near enough to load them -> pages kept for each
         # What the index says of the jobs in the window, until something changes it.
@@ -58,7 +58,7 @@ class Onload:
         """Whether `job` may be encoded without keeping its states: the device has no room for it before others' turn is
         over, nothing is on its way for it, the host has what can be kept of it, and the link would take longer.
         """
-        if self._always_load or self._near(job) or job.prefetch or job.future.cancelled():
+        if self._restore == "load" or self._near(job) or job.prefetch or job.future.cancelled():
             return False
         present = self._presence(job)
         if present.loading or present.in_batch:
@@ -67,6 +67,15 @@ class Onload:
             return False
         load_s = self._load_s(-(-present.host_tokens // self._page_tokens))
         return self._token_s * (job.prefix + len(job.candidates)) < load_s
+
+    def restorable(self, job: Job) -> int | None:
+        """Prefix tokens of `job` on the device, where the host has more and nothing is on its way; None for others."""
+        if not self._near(job) or job.prefetch or job.loads >= MAX_LOADS or job.future.cancelled():
+            return None
+        present = self._presence(job)
+        if present.loading or present.in_batch or present.host_tokens <= present.gpu_tokens:
+            return None
+        return present.gpu_tokens
 
     def _comes(self, user_id: str) -> bool:
         """Whether the user's load has so little left that a batch should start over it."""
@@ -80,26 +89,32 @@ class Onload:
         known = self._surveyed.get(job)
         return known if known is not None else self._index.survey([job.user_id], [job.sequence.chain])[0]
 
-    def plan(self, jobs: Sequence[Job], token_s: float, reserved_pages: int) -> list[Load]:
-        """Loads to start now: of what the host holds of these jobs' prefixes and the device does not.
+    def survey(self, jobs: Sequence[Job], token_s: float, reserved_pages: int) -> None:
+        """Look at what each tier has of these jobs' prefixes.
 
         Only the first users whose prefixes the device can hold together, beside the `reserved_pages` of the batch under
-        way: more would evict one another. `token_s`: seconds in which the device encodes a token, 0 where not known.
+        way, are near: more would evict one another. `token_s`: seconds in which the device encodes a token, 0 where not
+        known.
         """
         self._open_window(jobs, reserved_pages)
         near = [job for job in jobs if self._near(job)]
         found = self._index.survey([job.user_id for job in near], [job.sequence.chain for job in near])
         self._surveyed = dict(zip(near, found, strict=True))
-        self._token_s, self._decided = token_s, []
+        self._token_s = token_s
         waiting = sum(job.prefix + len(job.candidates) for job in jobs)
         self._to_encode = waiting - sum(max(each.gpu_tokens, each.arriving_tokens) for each in found)
         for job in near:
-            if self._failed and job.user_id in self._failed:
+            if self._restore == "recompute" or (self._failed and job.user_id in self._failed):
                 job.loads, job.loaded_from = MAX_LOADS, -1
+        self._failed.clear()
+
+    def plan(self, jobs: Iterable[Job]) -> list[Load]:
+        """Loads to start now: of what the host holds of the prefixes of those of these jobs that are near."""
+        self._decided = []
+        for job in filter(self._near, jobs):
             present = self._presence(job)
             if present.loading or present.host_tokens > present.gpu_tokens:
                 self._bring(job, present)
-        self._failed.clear()
         return self._decided
 
     def _bring(self, job: Job, present: Presence) -> None:
@@ -121,7 +136,7 @@ class Onload:
 
         Both then work all the time, and end together, as long as requests wait.
         """
-        if self._always_load or not self._token_s:
+        if self._restore == "load" or not self._token_s:
             return True
         first, last = present.gpu_tokens // self._page_tokens, -(-present.host_tokens // self._page_tokens)
         load_s = self._load_s(sum(len(load.gpu_pages) for load in self._decided) + last - first)

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize
+from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
 from mtserve.kernels.backend import Kernels
+from mtserve.kernels.host_format.packed import PackedPages
 from mtserve.kernels.plan import KernelPlan
 from mtserve.model.ranking import RankingModel
 from mtserve.transfer.mover import Arrivals
@@ -39,8 +40,12 @@ class BatchRunner(Protocol):
         """Where the next batch to start is laid out. Called once a batch; at most one other is under way."""
         ...
 
-    def start(self, plan: BatchPlan, arrivals: Arrivals | None = None) -> Pending:
-        """Launch a batch, whose layers wait for `arrivals`; at most one other is under way."""
+    def early_room(self, size: BatchSize) -> BatchArrays:
+        """As `room`, for the first layers of a batch that is split."""
+        ...
+
+    def start(self, plan: BatchPlan, arrivals: Arrivals | None = None, early: EarlyLayers | None = None) -> Pending:
+        """Launch a batch, whose layers wait for `arrivals`, those of `early` not; at most one other is under way."""
         ...
 
     def settle(self) -> None:
@@ -70,32 +75,45 @@ class Done:
 
 
 class Runner:
-    """Executes plans with one model, one set of plain kernels and one pool of pages (None: keep no states)."""
+    """Executes plans with one model, one set of plain kernels, one pool of pages (None: keep no states), their twins."""
 
     overlaps = False
 
-    def __init__(self, model: RankingModel, kernels: Kernels, pool: torch.Tensor | None) -> None:
+    def __init__(
+        self, model: RankingModel, kernels: Kernels, pool: torch.Tensor | None, packed: PackedPages | None = None
+    ) -> None:
         self._model = model
         self._kernels = kernels
-        self._pool = pool
+        self._pool, self._packed = pool, packed
         self._rows = 0
 
     def room(self, size: BatchSize) -> BatchArrays:
         """Fresh arrays, no larger than they need to be."""
         return BatchArrays.empty(size)
 
+    def early_room(self, size: BatchSize) -> BatchArrays:
+        return BatchArrays.empty(size)
+
     @torch.inference_mode()
-    def start(self, plan: BatchPlan, arrivals: Arrivals | None = None) -> Done:
-        """Run a batch to its end, after all that it waits for."""
+    def start(self, plan: BatchPlan, arrivals: Arrivals | None = None, early: EarlyLayers | None = None) -> Done:
+        """Run a batch to its end; what it waits for, it waits for as a whole."""
+        first_plan, layers = (plan, 0) if early is None else (early.plan, early.layers)
+        self._rows += first_plan.rows
+        rows = self._model.embed(first_plan.inputs(self._model.schema))
+        if early is not None:
+            rows = self._encode(rows, early.plan, 0, layers)
+            rows = rows.index_select(0, torch.from_numpy(early.late_rows(plan)).to(self._model.device))
         if arrivals is not None:
             arrivals.wait()
-        self._rows += plan.rows
-        kernel = KernelPlan.of(plan.layout, self._model.device)
-        rows = self._model.embed(plan.inputs(self._model.schema))
-        rows = self._model.encode(rows, self._pool, kernel, self._kernels)
-        logits = self._model.logits(rows.index_select(0, kernel.candidate_rows))
+        rows = self._encode(rows, plan, layers, None)
+        candidates = torch.from_numpy(plan.layout.candidate_rows).to(self._model.device)
+        logits = self._model.logits(rows.index_select(0, candidates))
         self.settle()
         return Done(logits.cpu().numpy())
+
+    def _encode(self, rows: torch.Tensor, plan: BatchPlan, first: int, last: int | None) -> torch.Tensor:
+        kernel = KernelPlan.of(plan.layout, self._model.device)
+        return self._model.encode(rows, self._pool, kernel, self._kernels, self._packed, first=first, last=last)
 
     def settle(self) -> None:
         """Only CUDA runs behind its callers' backs."""

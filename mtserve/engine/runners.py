@@ -7,6 +7,7 @@ import torch
 from mtserve.config import EngineConfig
 from mtserve.engine.runner import BatchRunner, Runner
 from mtserve.kernels.backend import load_kernels
+from mtserve.kernels.host_format.packed import PackedPages
 from mtserve.model.ranking import RankingModel
 
 
@@ -15,16 +16,26 @@ def max_prefix(model: RankingModel) -> int:
     return len(model.schema.user) + model.config.max_history
 
 
-def make_runner(model: RankingModel, config: EngineConfig, kernels: str, pool: torch.Tensor | None) -> BatchRunner:
-    """The runner for `kernels`, over `pool` (None: keep no states). Room for the largest batch, or one user alone."""
+def largest_batch(model: RankingModel, config: EngineConfig) -> int:
+    """Rows of the largest batch: of many users, or of one alone."""
+    return max(config.max_batch_tokens, max_prefix(model) + config.max_candidates)
+
+
+def make_runner(
+    model: RankingModel,
+    config: EngineConfig,
+    kernels: str,
+    pool: torch.Tensor | None,
+    packed: PackedPages | None = None,
+) -> BatchRunner:
+    """The runner for `kernels`, over `pool` (None: keep no states) and its `packed` twins. Room for the largest batch, or one user alone."""
     if kernels != "cuda":
-        return Runner(model, load_kernels(kernels), pool)
+        return Runner(model, load_kernels(kernels), pool, packed)
     # Only CUDA machines have what these kernels are built from.
     from mtserve.engine.graphs import GraphRunner
 
-    longest = max_prefix(model)
     return GraphRunner(
-        model, pool, config.page_tokens,
-        rows=max(config.max_batch_tokens, longest + config.max_candidates), slots=config.max_batch_requests,
-        width=-(-longest // config.page_tokens), capture=config.graphs == "on", deterministic=config.deterministic,
+        model, pool, config.page_tokens, rows=largest_batch(model, config), slots=config.max_batch_requests,
+        width=-(-max_prefix(model) // config.page_tokens), capture=config.graphs == "on", deterministic=config.deterministic,
+        packed=packed,
     )  # fmt: skip

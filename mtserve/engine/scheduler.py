@@ -23,6 +23,7 @@ class Slot:
 
     `encode_to` short of the prefix means a part of a cold prefix: states only, the jobs stay queued.
     `keep`: whether the states get pages; slots whose do come first in a batch.
+    `restored`: the host has more than the `cached` tokens; what of that is loaded is decided as the batch begins.
     """
 
     sequence: UserSequence
@@ -30,6 +31,7 @@ class Slot:
     encode_to: int
     jobs: list[Job] = field(default_factory=list)
     keep: bool = True
+    restored: bool = False
 
     @property
     def user_id(self) -> str:
@@ -176,6 +178,7 @@ class Scheduler:
         self,
         cached: Callable[[Job], int | None],
         spare: Callable[[Job], bool] = lambda job: False,
+        restorable: Callable[[Job], int | None] = lambda job: None,
         *,
         idle: bool = True,
     ) -> list[Slot]:
@@ -183,7 +186,8 @@ class Scheduler:
 
         `cached(job)`: prefix tokens on the device, None while the user's states are under way. What ready jobs leave of
         the cold users' budget goes to the first that `spare` allows: they are encoded whole, without pages. Where none is
-        ready, only while the device is `idle`.
+        ready, only while the device is `idle`. Then, though, first come jobs that are `restorable(job)`: prefix tokens on
+        the device where the host has more, and the batch itself may decide how they come back; None for others.
         """
         batch = _Batch(self._config, self._static_attention)
         overdue = self._overdue(cached)
@@ -193,6 +197,11 @@ class Scheduler:
             tokens = cached(job)
             if tokens is not None:
                 batch.offer(job, min(tokens, job.prefix))
+        if overdue is None and idle and batch.nothing_ready:
+            for job in self.head():
+                tokens = restorable(job)
+                if tokens is not None:
+                    batch.offer_restored(job, tokens)
         if overdue is None and batch.open_to_spare(idle):
             for job in filter(spare, self.head()):
                 batch.offer_whole(job)
@@ -254,6 +263,23 @@ class _Batch:
             cost = part - cached
         self._slots[job.user_id] = slot
         self._spend(cost, cold)
+
+    @property
+    def nothing_ready(self) -> bool:
+        return not self._slots and not self._too_large
+
+    def offer_restored(self, job: Job, cached: int) -> None:
+        """Take `job` in where there is room for encoding again all that the device lacks."""
+        slot = self._slots.get(job.user_id)
+        if slot is not None:
+            self._join(slot, job)
+            return
+        slot = Slot(job.sequence, cached, len(job.sequence.chain), [job], restored=True)
+        cost = slot.delta + len(job.candidates)
+        if self._slots and (self.full or cost > self._tokens):
+            return
+        self._slots[job.user_id] = slot
+        self._spend(cost, cold=False)
 
     def open_to_spare(self, idle: bool) -> bool:
         """Whether jobs that must wait may fill the batch: it runs anyway, or the device is idle and nobody is ready."""

@@ -90,22 +90,22 @@ def page_shape(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> 
     return PageShape(model.layers, config.page_tokens, model.heads, model.head_dim, dtype)
 
 
-def device_pages(config: EngineConfig, shape: PageShape, device: torch.device) -> int:
-    """Pages of the GPU tier. Raises ResourceExhausted when not one fits."""
+def device_pages(config: EngineConfig, page_bytes: int, device: torch.device) -> int:
+    """Pages of the GPU tier, of `page_bytes` each. Raises ResourceExhausted when not one fits."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     text = AUTO_CACHE[device.type] if config.gpu_cache == "auto" else config.gpu_cache
     size = parse_capacity(text, of=free, field="gpu_cache")
-    pages = size // shape.bytes
+    pages = size // page_bytes
     if pages < 1:
         raise ResourceExhausted(
-            f"{format_bytes(size)} holds no page; one page of {shape.page_tokens} tokens takes {format_bytes(shape.bytes)}",
+            f"{format_bytes(size)} holds no page; one page of {config.page_tokens} tokens takes {format_bytes(page_bytes)}",
             field="gpu_cache",
         )
     return pages
 
 
-def arena_pages(config: EngineConfig, shape: PageShape) -> int:
-    """Pages of the host tier; 0 turns it off. Raises ResourceExhausted for more than is available.
+def arena_pages(config: EngineConfig, page_bytes: int) -> int:
+    """Pages of the host tier, of `page_bytes` each; 0 turns it off. Raises ResourceExhausted for more than is available.
 
     Memory is taken as the arena grows; too much of it would end the process then, not the call that asked for it.
     """
@@ -116,7 +116,7 @@ def arena_pages(config: EngineConfig, shape: PageShape) -> int:
             f"{format_bytes(size)} is above the {format_bytes(available)} of host memory that are available",
             field="host_cache",
         )
-    return size // shape.bytes
+    return size // page_bytes
 
 
 def available_memory() -> int:

@@ -1,4 +1,7 @@
-"""The layers of one model with the kernels of the GPU: five launches a layer, static buffers, no allocation."""
+"""The layers of one model with the kernels of the GPU: five launches a layer, static buffers, no allocation.
+
+A sixth launch packs K and V, where that is what packed pages keep; the normalised rows are packed by the norm itself.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from mtserve.errors import InvalidArgument
 from mtserve.kernels.attention.cuda import AttentionKernel
 from mtserve.kernels.attention.work import AttentionWork
 from mtserve.kernels.group_layer_norm.triton import group_layer_norm
+from mtserve.kernels.host_format.packed import PackedPages
+from mtserve.kernels.host_format.triton import encode_rows
 from mtserve.kernels.norm_gate.triton import norm_gate
 from mtserve.kernels.projection_silu.cuda import ProjectionKernel
 from mtserve.kernels.residual_product.cuda import ResidualKernel
@@ -46,8 +51,9 @@ class WorkOptions(TypedDict):
 
 
 class Stack:
-    """Runs all layers over the first `bucket` rows of `buffers.x`, in place. Capturable as one CUDA graph.
+    """Runs layers over the first `bucket` rows of `buffers.x`, in place. Capturable as one CUDA graph.
 
+    `packed` pages keep what the pages of `pool` with the same ids keep, in another format: both are written at once.
     `deterministic`: a row's result has the same bits in every batch. All but the attention always has that.
     """
 
@@ -58,12 +64,13 @@ class Stack:
         page_tokens: int,
         rows: int,
         *,
+        packed: PackedPages | None = None,
         deterministic: bool = False,
     ) -> None:
         config, device, dtype = model.config, model.device, model.dtype
         if config.d % 8:
             raise InvalidArgument(f"{config.d} is not a multiple of 8, as the matrix units want it", field="d")
-        self._config = config
+        self._config, self._packed = config, packed
         self._layers = [layer for layer in model.layers if isinstance(layer, HSTULayer)]
         width = config.heads * config.head_dim
         self._projection = ProjectionKernel(config.d, width, dtype, page_tokens, config.layers, pool, device)
@@ -119,33 +126,42 @@ class Stack:
         *,
         direct: bool,
         before_layer: Callable[[int], None] | None = None,
+        first: int = 0,
+        last: int | None = None,
+        x: torch.Tensor | None = None,
     ) -> None:
-        """All layers on the current stream; `direct`: the attention's output needs no sum.
+        """Layers [first, last), to the end by default, on the current stream.
 
-        `before_layer(i)` is called where what layer i waits for is to be queued.
+        `direct`: the attention's output needs no sum. `before_layer(i)` is called where what layer i waits for is to be
+        queued. `x` [at least bucket, d], in place of `buffers.x`: rows as this stack's layers before `first` leave
+        them, without those layers' output biases.
         """
         work = metadata.work(bucket, tile_rows)
         group, target = metadata.on_device(bucket, "group"), metadata.on_device(bucket, "target")
-        for index in range(len(self._layers)):
+        x = (self.buffers.x if x is None else x)[:bucket]
+        for index in range(first, len(self._layers) if last is None else last):
             if before_layer is not None:
                 before_layer(index)
-            self._layer(index, bucket, work, group, target, direct)
+            self._layer(index, x, work, group, target, direct)
 
     def _layer(
-        self, index: int, rows: int, work: AttentionWork, group: torch.Tensor, target: torch.Tensor, direct: bool
+        self, index: int, x: torch.Tensor, work: AttentionWork, group: torch.Tensor, target: torch.Tensor, direct: bool
     ) -> None:
-        config, layer, buffers = self._config, self._layers[index], self.buffers
+        config, layer, buffers, rows = self._config, self._layers[index], self.buffers, len(x)
         width = config.heads * config.head_dim
-        x, normalised, mixed = buffers.x[:rows], buffers.normalised[:rows], buffers.mixed[:rows]
+        normalised, mixed = buffers.normalised[:rows], buffers.mixed[:rows]
         attended, gated = buffers.attended[:rows], buffers.gated[:rows]
         if not direct:
             splits = self.max_splits(rows)
             attended = buffers.partial[: splits * rows * width].view(splits, rows, width)
-        group_layer_norm(x, layer.norm_weight, layer.norm_bias, group, self._offsets[index], normalised)
+        packed = None if self._packed is None else self._packed.rows(target, index)
+        inputs, states = (None, packed) if packed is not None and packed.shape.sides == 2 else (packed, None)
+        group_layer_norm(x, layer.norm_weight, layer.norm_bias, group, self._offsets[index], normalised, inputs)
         self._projection.run(normalised, layer.uvqk_weight, layer.uvqk_bias, target, mixed, index)
-        self._attention.run(
-            mixed.view(rows, 4, config.heads, config.head_dim), index, work, attended, config.attention_length
-        )
+        uvqk = mixed.view(rows, 4, config.heads, config.head_dim)
+        if states is not None:
+            encode_rows(states.shape, (uvqk[:, 3], uvqk[:, 1]), states.pages, states.target, states.layer)
+        self._attention.run(uvqk, index, work, attended, config.attention_length)
         norm_gate(
             attended, mixed[:, :width], layer.gate_weight, layer.gate_bias, group, config.gate_first, work.splits, gated,
             halves=self._attention.deterministic,

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from mtserve.cache.index import IndexStats, TieredIndex
+from mtserve.engine.footprint import Footprint
 from mtserve.metrics import Metrics
 
 
 class TierCounts:
     """Brings the metrics of pages up to date with the index."""
 
-    def __init__(self, index: TieredIndex, metrics: Metrics, page_bytes: int) -> None:
-        self._index, self._metrics, self._page_bytes = index, metrics, page_bytes
+    def __init__(self, index: TieredIndex, metrics: Metrics, footprint: Footprint) -> None:
+        self._index, self._metrics, self._footprint = index, metrics, footprint
         self.host_pages = 0  # that the host tier has
         self._counted = {"gpu": 0, "host": 0, "unsaved": 0}  # evictions
 
@@ -36,11 +37,13 @@ class TierCounts:
         """Pages and bytes of each tier, JSON-able."""
         stats = self.update()
         tiers = {}
-        for name, tier in (("gpu", stats.gpu), ("host", stats.host)):
+        page_bytes = self._footprint
+        for name, tier, size in (("gpu", stats.gpu, page_bytes.gpu), ("host", stats.host, page_bytes.host)):
             tiers[name] = {
                 "pages": {"total": tier.total, "used": tier.used, "in_flight": tier.in_flight, "free": tier.free},
-                "capacity_bytes": tier.total * self._page_bytes,
-                "used_bytes": tier.used * self._page_bytes,
+                "page_bytes": size,
+                "capacity_bytes": tier.total * size,
+                "used_bytes": tier.used * size,
                 "users": tier.users,
                 "evicted_pages": tier.evicted_pages,
             }

@@ -7,8 +7,8 @@ copy's when the mover reports it finished. Whatever lies between is found by nob
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,19 @@ import numpy.typing as npt
 
 from mtserve.cache.index import Copy, TieredIndex
 from mtserve.config import EngineConfig
+from mtserve.engine.footprint import Footprint
 from mtserve.engine.job import Job
 from mtserve.engine.onload import Onload
+from mtserve.engine.restoring import Restored, Restoring
 from mtserve.engine.scheduler import Slot
 from mtserve.engine.sequence import UserSequence
 from mtserve.engine.tier_counts import TierCounts
 from mtserve.engine.transfers import Transfers
 from mtserve.engine.write_back import WriteBack
 from mtserve.metrics import Metrics
+from mtserve.restore.costs import Costs
 from mtserve.transfer.mover import LOAD, STORE, Arrivals, Mover
+from mtserve.transfer.pool import poison_of
 from mtserve.types import Clock
 from mtserve.units import parse_capacity
 
@@ -37,7 +41,7 @@ class Reservation:
 
     The page table is read while the batch is planned, and belongs to the next one after that.
     `loads`: tickets of loads that bring some of the cached tokens while the batch is already under way, `arrivals`
-    what the batch waits for; None where there are none.
+    what the batch waits for; None where there are none. `restored`: how it brings states that only the host has.
     """
 
     ticket: int
@@ -47,13 +51,26 @@ class Reservation:
     pages: int
     loads: tuple[int, ...] = ()
     arrivals: Arrivals | None = None
+    restored: Restored | None = None
+
+    def early(self, users: Sequence[str]) -> Reservation:
+        """The same for the layers before those that are loaded: tokens that come count as not cached."""
+        assert self.restored is not None
+        return replace(self, cached=self.restored.early(users, self.cached))
 
 
 class Tiers:
     """Onload, write-back and reservation of pages. Owned by the engine's loop."""
 
     def __init__(
-        self, index: TieredIndex, mover: Mover, config: EngineConfig, metrics: Metrics, clock: Clock, max_prefix: int
+        self,
+        index: TieredIndex,
+        mover: Mover,
+        footprint: Footprint,
+        config: EngineConfig,
+        metrics: Metrics,
+        clock: Clock,
+        max_prefix: int,
     ) -> None:
         self.index = index
         self.mover = mover
@@ -69,15 +86,17 @@ class Tiers:
         self._write_back = WriteBack(index, clock, config.write_back_idle_ms / 1000)
         self._deferred = False  # whether write-backs wait for the link
         self._reserved_pages = 0  # of the batch under way
-        pool_bytes = len(mover.pool) * self._page_bytes
+        pool_bytes = len(mover.pool) * footprint.gpu
         self._queue_pages = max(
             1, parse_capacity(config.write_back_queue, of=pool_bytes, field="write_back_queue") // self._page_bytes
         )
         self._page_tokens = config.page_tokens
         self._onload = Onload(index, mover, self._transfers, config, metrics)
-        self._counts = TierCounts(index, metrics, self._page_bytes)
+        self._counts = TierCounts(index, metrics, footprint)
         self._counts.update()
         self._has_host = len(mover.arena) > 0
+        self._config = config
+        self.restoring: Restoring | None = None  # None: batches do not decide how states come back
 
     def cached(self, job: Job) -> int | None:
         """Prefix tokens of `job` on the device; None while it should wait for room, or for its states to come."""
@@ -87,20 +106,35 @@ class Tiers:
         """Whether `job`, which has to wait, loses nothing but its place by being encoded whole and not kept."""
         return self._onload.spare(job)
 
-    def onload(self, jobs: Sequence[Job], token_s: float) -> None:
-        """Start bringing what the first of these jobs need from the host; `token_s`: seconds to encode a token."""
-        loads = self._onload.plan(jobs, token_s, self._reserved_pages)
+    def restore_by(self, costs: Costs, *, rows: int, groups: Sequence[int], frozen_sees_all: bool) -> None:
+        """Let batches decide how states come back, by what that is expected to cost; the rest is as in Restoring."""
+        self.restoring = Restoring(
+            self.index, self.mover, self._transfers, self._config, self._metrics, costs,
+            rows=rows, groups=groups, frozen_sees_all=frozen_sees_all,
+        )  # fmt: skip
+
+    def restorable(self, job: Job) -> int | None:
+        """Prefix tokens of `job` on the device where a batch of its own may bring the rest; None for others."""
+        return None if self.restoring is None else self._onload.restorable(job)
+
+    def survey(self, jobs: Sequence[Job], token_s: float) -> None:
+        """Look at what these jobs, the first that wait, need; `token_s`: seconds to encode a token."""
+        self._onload.survey(jobs, token_s, self._reserved_pages)
+
+    def onload(self, jobs: Iterable[Job]) -> None:
+        """Start bringing what these of the surveyed jobs need from the host."""
+        loads = self._onload.plan(jobs)
         if loads:
-            self._note_returns()
-            self._poison_freed()
+            self._note_evictions()
             self._submit(LOAD, loads)
 
     def _submit(self, kind: str, copies: Sequence[Copy]) -> None:
         self._transfers.began(kind, copies)
         self.mover.submit(kind, copies)
 
-    def _note_returns(self) -> None:
+    def _note_evictions(self) -> None:
         self._metrics.observe_many("return_seconds", self.index.drain_returns())
+        self._poison_freed()
 
     def finish(self) -> int:
         """Publish the copies that have ended, the failed ones not; returns how many ended.
@@ -112,7 +146,7 @@ class Tiers:
         if finished:
             self._onload.changed()
             self._onload.failed(self._transfers.ended(finished))
-            for copy in finished:
+            for copy in finished if self.restoring is None else self.restoring.withhold(finished):
                 end = self.index.end_load if copy.kind == LOAD else self.index.end_store
                 end(copy.ticket, copy.error is None)
             self._poison_freed()
@@ -128,18 +162,26 @@ class Tiers:
         count = len(slots)
         cached, stored, table = self._cached[:count], self._stored[:count], self._page_table[:count]
         kept = [slot for slot in slots if slot.keep]
+        restored = None if self.restoring is None else self.restoring.begin(kept, self._note_evictions)
         users = [slot.user_id for slot in kept]
         chains = [slot.sequence.chain[: slot.encode_to] if slot.partial else slot.sequence.chain for slot in kept]
-        ticket = self.index.begin_batch(users, chains, cached[: len(kept)], stored[: len(kept)], table[: len(kept)])
+        try:
+            ticket = self.index.begin_batch(users, chains, cached[: len(kept)], stored[: len(kept)], table[: len(kept)])
+        except Exception:
+            if self.restoring is not None:
+                self.restoring.end(restored, success=False)
+            raise
         cached[len(kept) :] = stored[len(kept) :] = 0
         table[len(kept) :] = -1
-        self._note_returns()
-        self._poison_freed()
+        self._note_evictions()
         pages = int((-(-stored // self._page_tokens)).sum())
         self._reserved_pages += pages
         loads = tuple(ticket for ticket in map(self._transfers.loading, users) if ticket is not None)
-        arrivals = self.mover.arrivals(loads) if loads else None
-        return Reservation(ticket, cached.copy(), stored.copy(), table, pages, loads, arrivals)
+        if restored is not None and restored.loads:
+            arrivals = restored.arrivals
+        else:
+            arrivals = self.mover.arrivals(loads) if loads else None
+        return Reservation(ticket, cached.copy(), stored.copy(), table, pages, loads, arrivals, restored)
 
     def release(self, reservation: Reservation, slots: Sequence[Slot], success: bool) -> list[str]:
         """Make the batch's new states findable, or give its new pages back.
@@ -150,6 +192,8 @@ class Tiers:
             assert reservation.arrivals is not None
             reservation.arrivals.wait()
             self.finish()  # the loads first: what the batch made lies behind what they brought
+        if self.restoring is not None:
+            self.restoring.end(reservation.restored, success=success)
         spoiled = self.index.end_batch(reservation.ticket, success)
         self._reserved_pages -= reservation.pages
         if success and self._has_host:
@@ -157,6 +201,13 @@ class Tiers:
         self._poison_freed()
         self._counts.update()
         return spoiled
+
+    def restored(self, restored: Restored, seconds: float) -> None:
+        """A batch that restored states took so long, from the decision to its landing."""
+        assert self.restoring is not None
+        choice, watch = restored.choice, self.restoring.watch
+        watch.note(choice.predicted_s, seconds, choice.way)
+        self._metrics.set("restore_prediction_error", watch.error() or 0.0)
 
     def write_back(self) -> None:
         """Start copying to the host what it does not have yet, as far as the link's queue has room."""
@@ -210,7 +261,8 @@ class Tiers:
         """Raise CorruptState or fail an assertion when ids, copies or counts disagree."""
         self.index.check()
         stats = self.index.stats()
-        assert stats.loads_in_flight == self._transfers.under_way(LOAD)
+        withheld = 0 if self.restoring is None else self.restoring.waiting()
+        assert stats.loads_in_flight == self._transfers.under_way(LOAD) + withheld
         assert stats.stores_in_flight == self._transfers.under_way(STORE)
         assert self.mover.pending() == len(self._transfers)
         self._transfers.check()
@@ -238,4 +290,4 @@ class Tiers:
             self.mover.poison(freed)
         freed = self.index.drain_freed("host")
         if len(freed):
-            self.mover.arena[freed.astype(np.int64)] = float("nan")
+            self.mover.arena[freed.astype(np.int64)] = poison_of(self.mover.arena.dtype)

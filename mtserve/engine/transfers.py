@@ -42,12 +42,12 @@ class Transfers:
         """Copies under way, both ways."""
         return sum(map(len, self._open.values()))
 
-    def began(self, kind: str, copies: Sequence[Copy]) -> None:
-        """`copies` are submitted now."""
+    def began(self, kind: str, copies: Sequence[Copy], page_bytes: int = 0) -> None:
+        """`copies` are submitted now; `page_bytes`: what they move of each page, where that is not all of it."""
         now, under_way = self._clock(), self._open[kind]
         if not under_way:
             self._busy_since[kind] = now
-        begun = {copy.ticket: self._transfer(copy, now) for copy in copies}
+        begun = {copy.ticket: self._transfer(copy, now, page_bytes or self._page_bytes) for copy in copies}
         under_way.update(begun)
         if kind == LOAD:
             self._loading.update((copy.user, copy.ticket) for copy in copies)
@@ -55,8 +55,8 @@ class Transfers:
         self._open_bytes[kind] += size
         self._metrics.count_many(((f"{kind}s_in_flight", len(begun), ""), (f"{kind}_bytes_in_flight", size, "")))
 
-    def _transfer(self, copy: Copy, now: float) -> Transfer:
-        size = len(copy.gpu_pages) * self._page_bytes
+    def _transfer(self, copy: Copy, now: float, page_bytes: int) -> Transfer:
+        size = len(copy.gpu_pages) * page_bytes
         return Transfer(copy.user, size, now, -(-copy.tokens // self._page_tokens))
 
     def loading(self, user_id: str) -> int | None:

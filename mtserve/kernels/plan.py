@@ -12,6 +12,7 @@ slot's keys:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +77,13 @@ class KernelPlan:
     @property
     def rows(self) -> int:
         return self.row_offsets[-1]
+
+    @cached_property
+    def target(self) -> torch.Tensor:
+        """int32 [T]: where each row is stored, page * page_tokens + offset; -1: nowhere."""
+        target = torch.full((self.rows,), -1, dtype=torch.int32, device=self.limit.device)
+        target[self.write_rows] = (self.write_pages * self.page_tokens + self.write_offsets).to(torch.int32)
+        return target
 
     @classmethod
     def of(cls, plan: HostPlan, device: torch.device) -> KernelPlan:

@@ -7,6 +7,8 @@ from torch import nn
 
 from mtserve.config import ModelConfig
 from mtserve.kernels.backend import Kernels
+from mtserve.kernels.host_format.packed import PackedRows
+from mtserve.kernels.host_format.reference import encode_rows
 from mtserve.kernels.plan import KernelPlan
 
 
@@ -27,14 +29,27 @@ class HSTULayer(nn.Module):
         self.output_weight = nn.Parameter(torch.empty(width, config.d))
         self.output_bias = nn.Parameter(torch.empty(config.d))
 
-    def forward(self, x: torch.Tensor, pages: torch.Tensor | None, plan: KernelPlan, kernels: Kernels) -> torch.Tensor:
-        """[T, d] rows after the layer; K and V of the plan's write rows go into `pages` of this layer."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        pages: torch.Tensor | None,
+        plan: KernelPlan,
+        kernels: Kernels,
+        packed: PackedRows | None = None,
+    ) -> torch.Tensor:
+        """[T, d] rows after the layer; K and V of the plan's write rows go into `pages` of this layer.
+
+        Rows with a target in `packed` are kept there too: K and V, or the normalised rows, as its format has it.
+        """
         normalised = kernels.group_layer_norm(x, self.norm_weight, self.norm_bias, plan.group)
         mixed = kernels.projection_silu(normalised, self.uvqk_weight, self.uvqk_bias)
         u, v, q, k = mixed.view(len(x), 4, self.heads, self.head_dim).unbind(1)
         y = kernels.attention(q, k, v, pages, plan, self.attention_length)
         if pages is not None:
             kernels.page_write(k, v, pages, plan)
+        if packed is not None:
+            shape, packed_pages, target, layer = packed
+            encode_rows(shape, (k, v) if shape.sides == 2 else (normalised,), packed_pages, target, layer)
         gated = kernels.norm_gate(
             y.flatten(1), u.flatten(1), self.gate_weight, self.gate_bias, plan.group, self.gate_first
         )

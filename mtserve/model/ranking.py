@@ -10,6 +10,7 @@ from torch import nn
 
 from mtserve.config import ModelConfig
 from mtserve.kernels.backend import Kernels
+from mtserve.kernels.host_format.packed import PackedPages
 from mtserve.kernels.plan import KernelPlan
 from mtserve.kernels.token_embedding.reference import HOURS_OF_WEEK
 from mtserve.model.embedding import HashedTables
@@ -82,10 +83,26 @@ class RankingModel(nn.Module):
     def _upload(self, array: Array) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
-    def encode(self, x: torch.Tensor, pool: torch.Tensor | None, plan: KernelPlan, kernels: Kernels) -> torch.Tensor:
-        """[T, d] rows after all layers; `pool` [pages, layers, 2, page_tokens, H, D], None to use and keep no states."""
-        for index, layer in enumerate(self.layers):
-            x = layer(x, None if pool is None else pool[:, index], plan, kernels)
+    def encode(
+        self,
+        x: torch.Tensor,
+        pool: torch.Tensor | None,
+        plan: KernelPlan,
+        kernels: Kernels,
+        packed: PackedPages | None = None,
+        *,
+        first: int = 0,
+        last: int | None = None,
+    ) -> torch.Tensor:
+        """[T, d] rows after layers [first, last), to the end by default, of rows `x` as layer `first` reads them.
+
+        `pool` [pages, layers, 2, page_tokens, H, D], None to use and keep no states. The plan's write rows go into the
+        `packed` pages of the same ids too, where there are any.
+        """
+        for index in range(first, len(self.layers) if last is None else last):
+            pages = None if pool is None else pool[:, index]
+            rows = None if packed is None else packed.rows(plan.target, index)
+            x = self.layers[index](x, pages, plan, kernels, rows)
         return x
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:

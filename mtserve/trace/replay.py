@@ -15,6 +15,7 @@ import torch
 
 from mtserve.config import EngineConfig
 from mtserve.engine.engine import Engine
+from mtserve.engine.footprint import Footprint, packed_format
 from mtserve.engine.setup import page_shape, resolve_device, resolve_dtype
 from mtserve.engine.transfers import DIRECTIONS
 from mtserve.errors import CorruptState, DeadlineExceeded, InvalidArgument
@@ -136,17 +137,17 @@ def _check_fit(trace: Trace, engine: EngineConfig, config: ReplayConfig) -> None
 
 
 def size_tiers(rows: TraceRows, model: RankingModel, engine: EngineConfig) -> tuple[int, EngineConfig]:
-    """(bytes of the working set, `engine` with shares of it turned into bytes)."""
+    """(bytes of the working set's states, `engine` with shares of it turned into what each tier takes for them)."""
     dtype = resolve_dtype(engine.dtype, resolve_device(engine.device))
-    page_bytes = page_shape(model.config, engine, dtype).bytes
+    states = page_shape(model.config, engine, dtype)
+    page_bytes = Footprint.of(states, packed_format(model.config, engine, states))
     pages = working_set_pages(
         rows.trace.user, rows.final_positions(), model.config, len(model.schema.user), engine.page_tokens
     )
-    working_set = pages * page_bytes
-    return working_set, replace(
+    return pages * states.bytes, replace(
         engine,
-        gpu_cache=resolve_capacity(engine.gpu_cache, working_set, page_bytes, "gpu_cache"),
-        host_cache=resolve_capacity(engine.host_cache, working_set, page_bytes, "host_cache"),
+        gpu_cache=resolve_capacity(engine.gpu_cache, pages, page_bytes.gpu, "gpu_cache"),
+        host_cache=resolve_capacity(engine.host_cache, pages, page_bytes.host, "host_cache"),
     )
 
 

@@ -179,7 +179,7 @@ def tokens_by_tier(axes: Any, result: ReplayResult) -> None:
 def memory_use(axes: Any, result: ReplayResult) -> None:
     """Bytes held by each tier along the trace, with their capacities."""
     summary = summarise(result)["memory"]
-    samples, page_bytes = result.cached.samples, summary["page_bytes"]
+    samples = result.cached.samples
     unit, scale = next(
         (u, s)
         for u, s in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
@@ -187,7 +187,7 @@ def memory_use(axes: Any, result: ReplayResult) -> None:
     )
     answered = [0, *(sample.answered for sample in samples)]
     for name, place, colour in (("gpu", 2, GPU), ("host", 3, HOST)):
-        used = [0.0, *(sample[place] * page_bytes / scale for sample in samples)]
+        used = [0.0, *(sample[place] * summary[name]["page_bytes"] / scale for sample in samples)]
         label = {"gpu": "GPU tier", "host": "host tier"}[name]
         axes.plot(answered, used, color=colour, linewidth=2.2, label=label)
         capacity = summary[name]["capacity_bytes"] / scale

@@ -171,11 +171,12 @@ def _memory(result: ReplayResult) -> dict[str, Any]:
     for place, name in enumerate(("gpu", "host")):
         peak = max(sample[2 + place] for sample in cached.samples)
         facts[name] = {
+            "page_bytes": tiers[name]["page_bytes"],
             "capacity_bytes": tiers[name]["capacity_bytes"],
             "capacity_pages": tiers[name]["pages"]["total"],
-            "share_of_working_set": tiers[name]["capacity_bytes"] / result.working_set_bytes,
+            "share_of_working_set": tiers[name]["pages"]["total"] * page_bytes / result.working_set_bytes,
             "peak_pages": peak,
-            "peak_bytes": peak * page_bytes,
+            "peak_bytes": peak * tiers[name]["page_bytes"],
             "evicted_pages": int(counters[f"evicted_pages_{name}"]),
             "users_at_end": tiers[name]["users"],
         }

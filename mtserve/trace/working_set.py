@@ -25,7 +25,7 @@ def working_set_pages(user: SmallInts, positions: Ints, model: ModelConfig, user
     return sum(-(-prefix // page_tokens) for prefix in prefixes)
 
 
-def resolve_capacity(text: str, working_set_bytes: int, page_bytes: int, field: str) -> str:
+def resolve_capacity(text: str, working_set_pages: int, page_bytes: int, field: str) -> str:
     """`text` as `EngineConfig` takes it: "25%ws" becomes bytes, in whole pages and at least one; all else stays."""
     match = _SHARE.fullmatch(text.strip())
     if match is None:
@@ -35,5 +35,5 @@ def resolve_capacity(text: str, working_set_bytes: int, page_bytes: int, field: 
         raise InvalidArgument(f"{text!r} is outside 0 to {MAX_SHARE}%ws", field=field)
     if share == 0:
         return "0"
-    pages = max(1, math.ceil(working_set_bytes * share / 100 / page_bytes))
+    pages = max(1, math.ceil(working_set_pages * share / 100))
     return str(pages * page_bytes)

@@ -25,7 +25,7 @@ from mtserve._core import HostMemory
 from mtserve.errors import CorruptState, MtserveError, ResourceExhausted
 from mtserve.transfer.numa import SYSFS, node_of, pci_id
 from mtserve.transfer.pinning import CudaPinning, Pinning, memlock_limit
-from mtserve.transfer.pool import PageShape
+from mtserve.transfer.pool import Geometry, poison_of
 from mtserve.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class HostArena:
     """Host pages [pages, *shape.sizes], usable as far as `ready`; `grow` makes more of them so.
 
     On a CUDA device they are pinned. On the CPU all are ready at once, and the system backs them as they are touched.
-    `poison` fills pages with NaN before they are ready. `threads` (1..64) is how many back a chunk with memory.
+    `poison` fills pages with what makes NaN before they are ready. `threads` (1..64) is how many back a chunk with memory.
 
     `grow` and `close` belong to one thread at a time; `ready` and `tensor` may be read by all. Raises
     ResourceExhausted naming host_cache when the system will not map as much.
@@ -47,7 +47,7 @@ class HostArena:
 
     def __init__(
         self,
-        shape: PageShape,
+        shape: Geometry,
         pages: int,
         *,
         device: torch.device | None,
@@ -136,7 +136,7 @@ class HostArena:
 
     def _fill(self, first: int, count: int) -> None:
         if self._poison:
-            self.tensor[first : first + count].fill_(float("nan"))
+            self.tensor[first : first + count].fill_(poison_of(self.tensor.dtype))
 
     def _exhausted(self, size: int, error: MtserveError) -> ResourceExhausted:
         reason = str(error).removeprefix("host_cache: ")

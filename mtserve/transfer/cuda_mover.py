@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from mtserve.transfer.mover import LOAD, STORE, Fault, Finished, Ints, Mover, ru
 
 MAX_GROUPS = 4  # of layers, in which a long load comes over an idle link
 GROUPED_PIECE_BYTES = 2 << 20  # the least strided piece that keeps the link's rate
+STRIDED_PAGES = 4  # of a run, in the mean, from which on a strided copy is worth a call of its own
 GROUPED_LOAD_BYTES = 8 << 20  # a shorter load is over so soon that groups of it bring nothing
 SUBMISSION_BYTES = 64 << 20  # shorter copies share calls and an event up to here: 1.2 ms of the link
 # Given to the driver at once, each way: with a thousand copies waiting in it, its calls begin to block.
@@ -54,13 +56,16 @@ class _Job:
 class _Submission:
     """Jobs that end together: on the last of `events`, one for each group of layers, in the order of the stream.
 
-    Without events the driver does not have them yet. `announced` passes when so little of a load is left that a batch
+    `firsts`: the first layer of each group. Without events the driver does not have them yet. `spent`: other events, to
+    be used again with these. `announced` passes when so little of a load is left that a batch
     should start over it; None where all of it is little.
     """
 
     jobs: list[_Job]
     size: int
     events: list[Event] = field(default_factory=list)
+    firsts: tuple[int, ...] = (0,)
+    spent: list[Event] = field(default_factory=list)
     announced: Event | None = None
 
 
@@ -74,10 +79,22 @@ class LayerArrivals:
         self.events[-1].synchronize()
 
 
-def layer_groups(layers: int) -> tuple[int, ...]:
+def layer_groups(layers: int, groups: int = MAX_GROUPS) -> tuple[int, ...]:
     """The first layer of each group in which long loads come."""
-    groups = min(MAX_GROUPS, layers)
+    groups = min(groups, layers)
     return tuple(group * layers // groups for group in range(groups))
+
+
+def _pages(jobs: Sequence[_Job]) -> tuple[PageIds, PageIds]:
+    """Pages of the pool and their twins of the arena, job after job."""
+    none = np.empty(0, dtype=np.int32)
+    gpu_pages = np.concatenate([none, *(job.copy.gpu_pages for job in jobs)])
+    return gpu_pages, np.concatenate([none, *(job.copy.host_pages for job in jobs)])
+
+
+def _fail(jobs: Sequence[_Job], kind: str, failure: CudaError) -> None:
+    for job in jobs:
+        job.error = TransferFailed(f"{kind} of {len(job.copy.gpu_pages)} pages: {failure}")
 
 
 class _Lane:
@@ -107,19 +124,30 @@ class CudaMover(Mover):
         super().__init__(pool, arena, fault, chunk_pages=chunk_pages)
         self._lanes = {kind: _Lane(pool.device) for kind in (LOAD, STORE)}
         self._poisoning = torch.cuda.Stream(pool.device)
+        self._unpacking = torch.cuda.Stream(pool.device, priority=-1)  # a batch waits for it, or soon will
         self._loads: dict[int, _Submission] = {}  # by ticket, those that the driver has
         self._finished: list[Finished] = []
         self._free_events: list[Event] = []
         self._context = current_context()
         self._page_bytes = pool[:1].nbytes
         self._layers = pool.shape[1]
-        self._groups = len(layer_groups(self._layers))
+        self._layer_bytes = self._page_bytes // self._layers
+        self._groups = layer_groups(self._layers)
 
     def submit(self, kind: str, copies: Sequence[Copy]) -> None:
         use_context(self._context)  # the caller's thread need not have called CUDA before
         jobs = [_Job(copy.ticket, copy, self._injected(kind)) for copy in copies]
         self._lanes[kind].waiting.extend(self._submissions(kind, jobs))
         self._feed()
+
+    def submit_split(self, loads: Sequence[Copy], first_layer: int) -> LayerArrivals:
+        use_context(self._context)
+        jobs = [_Job(load.ticket, load, self._injected(LOAD)) for load in loads]
+        layers = self._layers - first_layer
+        size = sum(map(self._size, jobs)) * layers // self._layers
+        firsts = (first_layer, *(first for first in self._groups if first > first_layer))
+        self._begin(LOAD, _Submission(jobs, size, firsts=firsts))
+        return self.arrivals([load.ticket for load in loads])
 
     def _submissions(self, kind: str, jobs: Sequence[_Job]) -> Iterator[_Submission]:
         """Neighbours in `jobs` together; a long load by itself, so that its user waits for no other."""
@@ -150,21 +178,27 @@ class CudaMover(Mover):
                 submission = lane.waiting.popleft()
                 # Behind others a load waits anyway; whole pages are a little faster.
                 if kind == LOAD and not lane.under_way and submission.size >= GROUPED_LOAD_BYTES:
-                    self._load_by_groups(submission)
-                else:
-                    self._copy_whole(kind, submission)
-                lane.under_way.append(submission)
-                lane.queued_bytes += submission.size
-                if kind == LOAD:
-                    self._loads.update((job.ticket, submission) for job in submission.jobs)
+                    submission.firsts = self._groups_of(submission)
+                self._begin(kind, submission)
+
+    def _begin(self, kind: str, submission: _Submission) -> None:
+        """Give the driver one submission."""
+        lane = self._lanes[kind]
+        if submission.firsts == (0,):
+            self._copy_whole(kind, submission)
+        else:
+            self._load_by_groups(submission)
+        lane.under_way.append(submission)
+        lane.queued_bytes += submission.size
+        if kind == LOAD:
+            self._loads.update((job.ticket, submission) for job in submission.jobs)
 
     def _copy_whole(self, kind: str, submission: _Submission) -> None:
         """Queue all layers of the jobs' pages; those that are to fail, or do, learn it here."""
         stream = self._lanes[kind].stream.cuda_stream
         good = [job for job in submission.jobs if job.error is None]
+        gpu_pages, host_pages = _pages(good)
         if good:
-            gpu_pages = np.concatenate([job.copy.gpu_pages for job in good])
-            host_pages = np.concatenate([job.copy.host_pages for job in good])
             cut = 0
             if kind == LOAD and submission.size >= 2 * ANNOUNCED_BYTES:
                 cut = len(gpu_pages) - ANNOUNCED_BYTES // self._page_bytes
@@ -174,36 +208,67 @@ class CudaMover(Mover):
                     submission.announced = self._mark(stream)
                 self._copy_pages(kind, gpu_pages[max(0, cut) :], host_pages[max(0, cut) :])
             except CudaError as failure:
-                for job in good:
-                    job.error = TransferFailed(f"{kind} of {len(job.copy.gpu_pages)} pages: {failure}")
-        submission.events.append(self._mark(stream))
+                _fail(good, kind, failure)
+        if kind == LOAD:
+            submission.events.append(self._arrival(submission, good, gpu_pages, 0, self._layers))
+        else:
+            submission.events.append(self._mark(stream))
 
     def _copy_pages(self, kind: str, gpu_pages: PageIds, host_pages: PageIds) -> None:
         inside, outside, counts = self._addresses(gpu_pages, host_pages)
         target, source = (inside, outside) if kind == LOAD else (outside, inside)
         copy_batch(target, source, counts * self._page_bytes, self._lanes[kind].stream.cuda_stream)
 
-    def _load_by_groups(self, submission: _Submission) -> None:
-        """Queue one load, first layers first where its pages lie in runs long enough."""
-        job, groups = submission.jobs[0], self._groups
-        inside, outside, counts = self._addresses(job.copy.gpu_pages, job.copy.host_pages)
-        while groups > 1 and counts.mean() * self._page_bytes < GROUPED_PIECE_BYTES * groups:
+    def _groups_of(self, submission: _Submission) -> tuple[int, ...]:
+        """The first layers of the groups in which a load comes: one alone, whose pages lie in runs long enough."""
+        job = submission.jobs[0]
+        if len(submission.jobs) > 1 or job.error is not None:
+            return (0,)
+        groups, pages = len(self._groups), self._addresses(job.copy.gpu_pages, job.copy.host_pages)[2].mean()
+        while groups > 1 and pages * self._page_bytes < GROUPED_PIECE_BYTES * groups:
             groups //= 2
-        if groups == 1 or len(submission.jobs) > 1 or job.error is not None:
-            self._copy_whole(LOAD, submission)
-            return
+        return layer_groups(self._layers, groups)
+
+    def _load_by_groups(self, submission: _Submission) -> None:
+        """Queue loads whose layers come group by group, those of all jobs together."""
         stream = self._lanes[LOAD].stream.cuda_stream
-        layer_bytes = self._page_bytes // self._layers
-        bounds = [group * self._layers // groups * layer_bytes for group in range(groups + 1)]
-        pieces = list(zip(inside.tolist(), outside.tolist(), counts.tolist(), strict=True))
-        for first, last in pairwise(bounds):
+        good = [job for job in submission.jobs if job.error is None]
+        gpu_pages, host_pages = _pages(good)
+        pieces = self._addresses(gpu_pages, host_pages)
+        for first, last in pairwise((*submission.firsts, self._layers)):
             try:
-                for target, source, count in pieces:
-                    copy_strided(target + first, source + first, last - first, count, self._page_bytes, stream)
+                self._copy_layers(*pieces, first, last, stream)
             except CudaError as failure:
-                job.error = TransferFailed(f"load of {len(job.copy.gpu_pages)} pages: {failure}")
-            submission.events.append(self._mark(stream))
-        submission.announced = submission.events[groups // 2 - 1]
+                _fail(good, LOAD, failure)
+            submission.events.append(self._arrival(submission, good, gpu_pages, first, last))
+        submission.announced = submission.events[(len(submission.events) - 1) // 2]
+
+    def _copy_layers(self, inside: Ints, outside: Ints, counts: Ints, first: int, last: int, stream: int) -> None:
+        """Queue layers [first, last) of runs of pages: a strided copy each, or, of short runs, pages of a batch."""
+        offset, width = first * self._layer_bytes, (last - first) * self._layer_bytes
+        if len(counts) and counts.mean() >= STRIDED_PAGES:
+            for target, source, count in zip(inside.tolist(), outside.tolist(), counts.tolist(), strict=True):
+                copy_strided(target + offset, source + offset, width, count, self._page_bytes, stream)
+        elif len(counts):
+            in_run = np.concatenate([np.arange(count) for count in counts.tolist()]) * self._page_bytes + offset
+            target, source = np.repeat(inside, counts) + in_run, np.repeat(outside, counts) + in_run
+            copy_batch(target, source, np.full(len(target), width, dtype=np.int64), stream)
+
+    def _arrival(
+        self, submission: _Submission, good: Sequence[_Job], gpu_pages: PageIds, first: int, last: int
+    ) -> Event:
+        """What passes when layers [first, last) of a load that is queued are there, their states included."""
+        copied = self._mark(self._lanes[LOAD].stream.cuda_stream)
+        if self.unpacker is None or not good:
+            return copied
+        submission.spent.append(copied)
+        stream = self._unpacking.cuda_stream
+        copied.hold_back(stream)
+        try:
+            self.unpacker.unpack(gpu_pages, first, last, stream)
+        except CudaError as failure:
+            _fail(good, LOAD, failure)
+        return self._mark(stream)
 
     def _addresses(self, gpu_pages: PageIds, host_pages: PageIds) -> tuple[Ints, Ints, Ints]:
         """Each run's address in the pool, in the arena, and its pages."""
@@ -214,8 +279,9 @@ class CudaMover(Mover):
     def poison(self, pages: PageIds) -> None:
         """On a stream of its own that waits for nobody: what still uses those pages against the rules will show."""
         with torch.cuda.stream(self._poisoning):
-            self.pool[torch.from_numpy(pages.astype(np.int64)).to(self.pool.device)] = float("nan")
-        for stream in (torch.cuda.current_stream(self.pool.device), *(lane.stream for lane in self._lanes.values())):
+            self._fill(torch.from_numpy(pages.astype(np.int64)).to(self.pool.device))
+        lanes = (lane.stream for lane in self._lanes.values())
+        for stream in (torch.cuda.current_stream(self.pool.device), self._unpacking, *lanes):
             stream.wait_stream(self._poisoning)
 
     def _mark(self, stream: int) -> Event:
@@ -236,7 +302,7 @@ class CudaMover(Mover):
             while lane.under_way and lane.under_way[0].events[-1].passed():
                 submission = lane.under_way.popleft()
                 lane.queued_bytes -= submission.size
-                self._free_events += submission.events
+                self._free_events += submission.events + submission.spent
                 if submission.announced is not None and submission.announced not in submission.events:
                     self._free_events.append(submission.announced)
                 self._finished += [Finished(kind, job.ticket, job.error) for job in submission.jobs]
@@ -266,6 +332,13 @@ class CudaMover(Mover):
     def load_s(self, size: int) -> float:
         return size / LINK_BYTES_PER_S
 
+    def piece_pages(self, loads: Sequence[Copy]) -> float:
+        gpu_pages, host_pages = (
+            np.concatenate([getattr(each, name) for each in loads]) for name in ("gpu_pages", "host_pages")
+        )
+        pages = len(gpu_pages) / len(runs(gpu_pages, host_pages, self.chunk_pages)[2])
+        return pages if pages >= STRIDED_PAGES else 1.0
+
     def near(self, ticket: int) -> bool:
         submission = self._loads.get(ticket)
         if submission is None or submission is not self._lanes[LOAD].under_way[0] or submission.announced is None:
@@ -276,5 +349,8 @@ class CudaMover(Mover):
     def arrivals(self, tickets: Collection[int]) -> LayerArrivals:
         submissions = [self._loads[ticket] for ticket in tickets]
         last = max(submissions, key=self._lanes[LOAD].under_way.index)  # the stream's earlier ones come before it
-        repeated = self._groups // len(last.events)
-        return LayerArrivals([event for event in last.events for _ in range(repeated)])
+        ends = (*self._groups[1:], self._layers)
+        pieces = [
+            max(0, bisect_left(last.firsts, end) - 1) for end in ends
+        ]  # the last that begins before a group's end
+        return LayerArrivals([last.events[piece] for piece in pieces])

@@ -18,6 +18,7 @@ import torch
 from mtserve import _core
 from mtserve.cache.index import Copy, PageIds
 from mtserve.errors import TransferFailed
+from mtserve.transfer.pool import poison_of
 
 LOAD, STORE = "load", "store"
 
@@ -44,11 +45,25 @@ class Arrivals(Protocol):
         ...
 
 
+class Unpacker(Protocol):
+    """Makes the states of pages from their packed twins, which are what crosses the link then."""
+
+    states: torch.Tensor
+    """The device's states, [pages, layers, ...]: the same pages as those of the mover's pool."""
+
+    def unpack(self, pages: PageIds, first: int, last: int, stream: int) -> None:
+        """Queue, on the raw `stream` of CUDA or on the CPU at once, the states of layers [first, last) of `pages`."""
+        ...
+
+
 class Mover(ABC):
     """Copies whole pages between the device pool and the host arena, job by job, each finished exactly once.
 
-    The jobs of one kind end in the order of their submission.
+    The jobs of one kind end in the order of their submission. `unpacker`, None where the pool has the states
+    themselves, is part of every load: whoever owns the mover sets it before the first.
     """
+
+    unpacker: Unpacker | None = None
 
     def __init__(
         self, pool: torch.Tensor, arena: torch.Tensor, fault: Fault | None = None, *, chunk_pages: int = 0
@@ -69,6 +84,14 @@ class Mover(ABC):
         """
 
     @abstractmethod
+    def submit_split(self, loads: Sequence[Copy], first_layer: int) -> Arrivals:
+        """Start loads of layers from `first_layer` on, for a batch that makes those before it and begins at once.
+
+        They come together, layer after layer, ahead of what still waits; returns what the batch waits for. The pages'
+        earlier layers are left as they are.
+        """
+
+    @abstractmethod
     def poll(self) -> list[Finished]:
         """Jobs that have finished since the last call, in order of their end."""
 
@@ -84,6 +107,10 @@ class Mover(ABC):
     def load_s(self, size: int) -> float:
         """Seconds in which loads of `size` bytes are expected to be over."""
 
+    def piece_pages(self, loads: Sequence[Copy]) -> float:
+        """Neighbouring pages that one copy of a split load would take, in the mean; 1 or more."""
+        return 1.0
+
     @abstractmethod
     def near(self, ticket: int) -> bool:
         """Whether a load under way will succeed and has so little left that a batch should start over it."""
@@ -93,8 +120,15 @@ class Mover(ABC):
         """What a batch over these `near` loads waits for."""
 
     def poison(self, pages: PageIds) -> None:
-        """Fill pages of the pool that nobody uses with NaN, before anything that is begun later touches them."""
-        self.pool[torch.from_numpy(pages.astype(np.int64))] = float("nan")
+        """Fill pages of the pool that nobody uses, and their states, with what makes NaN, before anything that is begun
+        later touches them.
+        """
+        self._fill(torch.from_numpy(pages.astype(np.int64)))
+
+    def _fill(self, pages: torch.Tensor) -> None:
+        self.pool[pages] = poison_of(self.pool.dtype)
+        if self.unpacker is not None:
+            self.unpacker.states[pages] = float("nan")
 
     def _injected(self, kind: str) -> TransferFailed | None:
         """The failure meant for the next job."""
@@ -104,6 +138,13 @@ class Mover(ABC):
         except TransferFailed as failure:
             return failure
         return None
+
+
+class Arrived:
+    """Arrivals of what is there already."""
+
+    def wait(self) -> None:
+        pass
 
 
 class SyncMover(Mover):
@@ -118,20 +159,26 @@ class SyncMover(Mover):
     def submit(self, kind: str, copies: Sequence[Copy]) -> None:
         self._finished += [Finished(kind, copy.ticket, self.attempt(kind, copy)) for copy in copies]
 
-    def attempt(self, kind: str, copy: Copy) -> TransferFailed | None:
+    def submit_split(self, loads: Sequence[Copy], first_layer: int) -> Arrivals:
+        self._finished += [Finished(LOAD, each.ticket, self.attempt(LOAD, each, first_layer)) for each in loads]
+        return Arrived()
+
+    def attempt(self, kind: str, copy: Copy, first_layer: int = 0) -> TransferFailed | None:
         """One job, unless it is meant to fail."""
         error = self._injected(kind)
         if error is None:
-            self.copy_now(kind, copy)
+            self.copy_now(kind, copy, first_layer)
         return error
 
-    def copy_now(self, kind: str, copy: Copy) -> None:
-        """The bytes of one job."""
+    def copy_now(self, kind: str, copy: Copy, first_layer: int = 0) -> None:
+        """The bytes of one job, of layers from `first_layer` on, and what is made of them."""
         for pool_first, arena_first, count in zip(*runs(copy.gpu_pages, copy.host_pages), strict=True):
-            inside = self.pool[pool_first : pool_first + count]
-            outside = self.arena[arena_first : arena_first + count]
+            inside = self.pool[pool_first : pool_first + count, first_layer:]
+            outside = self.arena[arena_first : arena_first + count, first_layer:]
             target, source = (inside, outside) if kind == LOAD else (outside, inside)
             target.copy_(source)
+        if kind == LOAD and self.unpacker is not None:
+            self.unpacker.unpack(copy.gpu_pages, first_layer, self.pool.shape[1], stream=0)
 
     def poll(self) -> list[Finished]:
         finished, self._finished = self._finished, []

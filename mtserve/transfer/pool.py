@@ -1,4 +1,7 @@
-"""The shape of a page, on the device and in host memory alike, and the device's pool of them.
+"""The shape of a page, and the device's pool of them.
+
+What crosses the link has one shape on the device and in host memory: the states themselves (`PageShape`), or packed
+twins of them (`PackedPageShape`), of which the device has one beside the states of each page.
 
 Sizes were chosen by trials on an H200, with the link's 55 GB/s as the goal; benchmarks/bench_transfer.py repeats those
 of whole pages:
@@ -13,11 +16,23 @@ of whole pages:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from mtserve.errors import ResourceExhausted
 from mtserve.units import format_bytes
+
+
+class Geometry(Protocol):
+    """Of one page: `sizes` of a tensor of `dtype`, `bytes` in all; `sizes[0]` are the layers, which lie one by one."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def bytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -40,10 +55,32 @@ class PageShape:
         return layers * sides * tokens * heads * head_dim * self.dtype.itemsize
 
 
-def allocate_pool(shape: PageShape, pages: int, device: torch.device, *, poison: bool) -> torch.Tensor:
+@dataclass(frozen=True)
+class PackedPageShape:
+    """Geometry of one packed page: uint8 [layers, layer_bytes]."""
+
+    layers: int
+    layer_bytes: int
+    dtype: torch.dtype = torch.uint8
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return (self.layers, self.layer_bytes)
+
+    @property
+    def bytes(self) -> int:
+        return self.layers * self.layer_bytes
+
+
+def poison_of(dtype: torch.dtype) -> float:
+    """What pages of `dtype` are poisoned with: NaN; in packed pages bytes that make NaN of every peak."""
+    return float("nan") if dtype.is_floating_point else 255
+
+
+def allocate_pool(shape: Geometry, pages: int, device: torch.device, *, poison: bool) -> torch.Tensor:
     """The device pool [pages, *shape.sizes]. Raises ResourceExhausted naming the size that did not fit.
 
-    `poison` fills it with NaN: whatever reads a page before it was written shows at once.
+    `poison` fills it with what makes NaN: whatever reads a page before it was written shows at once.
     """
     try:
         pool = torch.empty((pages, *shape.sizes), dtype=shape.dtype, device=device)
@@ -51,5 +88,5 @@ def allocate_pool(shape: PageShape, pages: int, device: torch.device, *, poison:
         size = format_bytes(pages * shape.bytes)
         raise ResourceExhausted(f"{size} on {device} did not fit: {error}", field="gpu_cache") from None
     if poison:
-        pool.fill_(float("nan"))
+        pool.fill_(poison_of(shape.dtype))
     return pool

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 from mtserve.cache.index import Copy, PageIds
-from mtserve.transfer.mover import LOAD, Arrivals, Finished, Mover
+from mtserve.transfer.mover import LOAD, Arrivals, Finished, Mover, Unpacker
 from mtserve.types import Clock
 
 
@@ -23,12 +23,24 @@ class SlowMover(Mover):
         self._late: dict[tuple[str, int], float] = {}  # (kind, ticket) of slow copies -> seconds
         self._held: list[tuple[float, Finished]] = []  # with the time to tell
 
+    @property
+    def unpacker(self) -> Unpacker | None:  # type: ignore[override]
+        return self._inner.unpacker
+
+    @unpacker.setter
+    def unpacker(self, unpacker: Unpacker | None) -> None:
+        self._inner.unpacker = unpacker
+
     def submit(self, kind: str, copies: Sequence[Copy]) -> None:
         for copy in copies:
             seconds = self._delay(kind)
             if seconds > 0:
                 self._late[kind, copy.ticket] = seconds
         self._inner.submit(kind, copies)
+
+    def submit_split(self, loads: Sequence[Copy], first_layer: int) -> Arrivals:
+        """Never late: a batch waits for them, and all that would show is a slow batch."""
+        return self._inner.submit_split(loads, first_layer)
 
     def poll(self) -> list[Finished]:
         now = self._clock()
@@ -44,6 +56,9 @@ class SlowMover(Mover):
 
     def load_s(self, size: int) -> float:
         return self._inner.load_s(size)
+
+    def piece_pages(self, loads: Sequence[Copy]) -> float:
+        return self._inner.piece_pages(loads)
 
     def near(self, ticket: int) -> bool:
         """A late load is not near, however much of it is there."""

@@ -235,8 +235,8 @@ def test_pages_of_both_tiers_hold_the_same_bytes(world: Make) -> None:
     unequal = []
     real = mover.copy_now
 
-    def compared(kind: str, copy: Copy) -> None:
-        real(kind, copy)
+    def compared(kind: str, copy: Copy, first_layer: int = 0) -> None:
+        real(kind, copy, first_layer)
         inside = mover.pool[copy.gpu_pages.astype(np.int64)].numpy()
         outside = mover.arena[copy.host_pages.astype(np.int64)].numpy()
         if inside.tobytes() != outside.tobytes():

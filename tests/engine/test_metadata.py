@@ -70,7 +70,7 @@ def test_a_batch_arrives_whole(slots: int) -> None:
         splits = metadata.on_device(bucket, "splits").numpy()
         assert (splits[: plan.rows] >= 1).all() and (splits[plan.rows :] == 0).all()
         counts = metadata.on_device(bucket, "counts").tolist()
-        assert counts == [work.items, 0, plan.first_candidate, plan.candidates]
+        assert counts == [work.items, plan.slots, plan.first_candidate, plan.candidates]
         assert metadata.work(bucket, work.tile_rows).count.item() == work.items > 0
 
 

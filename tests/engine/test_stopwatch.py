@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from engine_world import OverlappingRunner, World
 
-from mtserve.engine.batch import BatchPlan
+from mtserve.engine.batch import BatchPlan, EarlyLayers
 from mtserve.engine.runner import BatchRunner
 from mtserve.engine.runner import Pending as PendingBatch
 from mtserve.engine.stopwatch import PHASES, Stopwatch
@@ -112,9 +112,11 @@ class SlowRunner(OverlappingRunner):
         super().__init__(runner)
         self._script = script
 
-    def start(self, plan: BatchPlan, arrivals: Arrivals | None = None) -> PendingBatch:
+    def start(
+        self, plan: BatchPlan, arrivals: Arrivals | None = None, early: EarlyLayers | None = None
+    ) -> PendingBatch:
         self._script.passes(1.0)
-        return SlowBatch(self._script, super().start(plan, arrivals))
+        return SlowBatch(self._script, super().start(plan, arrivals, early))
 
 
 def test_a_batch_under_way_while_the_next_is_planned_counts_from_its_launch(

@@ -565,7 +565,7 @@ class LayerCopies:
     def _run(self) -> None:
         for layer in range(self._pool.shape[1]):
             if self._waits is not None:
-                self._waits.before_layer(layer)
+                self._waits.before(layer)
             torch.index_select(self._pool[:, layer], 0, self._index, out=self.out[layer])
 
     def launch(self, pages: torch.Tensor, stream: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from replay_world import small_trace, tiny_model
 
 from mtserve.config import EngineConfig, ModelConfig
-from mtserve.engine.batch import BatchPlan
+from mtserve.engine.batch import BatchPlan, EarlyLayers
 from mtserve.engine.memory import Memory
 from mtserve.engine.pace import Pace
 from mtserve.engine.runner import Done, Runner
@@ -174,9 +174,11 @@ def test_the_share_of_padding_is_that_of_the_run_alone(monkeypatch: pytest.Monke
     start = Runner.start
     batches: list[int] = []
 
-    def noted(runner: Runner, plan: BatchPlan, arrivals: Arrivals | None = None) -> Done:
+    def noted(
+        runner: Runner, plan: BatchPlan, arrivals: Arrivals | None = None, early: EarlyLayers | None = None
+    ) -> Done:
         batches.append(plan.rows)
-        return start(runner, plan, arrivals)
+        return start(runner, plan, arrivals, early)
 
     def stats(runner: Runner) -> dict[str, Any]:
         padded = sum(-rows % 64 for rows in batches) + (10_000 if batches else 0)
@@ -294,11 +296,11 @@ def test_working_set_counts_pages_of_final_states() -> None:
     positions = np.array([13, 50, 130], dtype=np.int64)
     # User 0: 3 + 13 tokens, one page of 16. User 1 never asks. User 2: of 130, 30 are dropped; 103 tokens, 7 pages.
     assert working_set_pages(user, positions, model, 3, 16) == 1 + 7
-    assert resolve_capacity("50%ws", 8 * 4096, 4096, "gpu_cache") == str(4 * 4096)
-    assert resolve_capacity("51 %ws", 8 * 4096, 4096, "gpu_cache") == str(5 * 4096)
-    assert resolve_capacity("0.1%ws", 8 * 4096, 4096, "gpu_cache") == "4096"
-    assert resolve_capacity("0%ws", 8 * 4096, 4096, "host_cache") == "0"
-    assert resolve_capacity("64MiB", 8 * 4096, 4096, "gpu_cache") == "64MiB"
+    assert resolve_capacity("50%ws", 8, 4096, "gpu_cache") == str(4 * 4096)
+    assert resolve_capacity("51 %ws", 8, 4096, "gpu_cache") == str(5 * 4096)
+    assert resolve_capacity("0.1%ws", 8, 4096, "gpu_cache") == "4096"
+    assert resolve_capacity("0%ws", 8, 4096, "host_cache") == "0"
+    assert resolve_capacity("64MiB", 8, 4096, "gpu_cache") == "64MiB"
 
 
 def test_the_whole_working_set_evicts_nothing() -> None:

@@ -105,7 +105,7 @@ class FakeDriver:
 
     # Of torch and time
 
-    def stream(self, device: torch.device | None = None) -> FakeStream:
+    def stream(self, device: torch.device | None = None, priority: int = 0) -> FakeStream:
         stream = FakeStream(len(self.streams) + 1)
         self.streams[stream.cuda_stream] = stream
         return stream

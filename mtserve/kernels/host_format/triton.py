@@ -23,6 +23,24 @@ ROUND_BITS = tl.constexpr(0x4B400000)  # and its bits minus these are that integ
 
 
 @triton.jit
+def quantise(x, LEVELS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, PTX: tl.constexpr):
+    """Codes int32 [G, N] of x fp32 [G, N], and the groups' peaks as bf16's bits, int32 [G]; PTX: not interpreted."""
+    bits = _peak_bits(x, LARGEST, SMALLEST)
+    peak = (bits << 16).to(tl.float32, bitcast=True)
+    some = peak > 0
+    inverse = tl.div_rn(tl.full(peak.shape, LEVELS, tl.float32), tl.where(some, peak, 1.0))
+    scaled = tl.where(some[:, None], _product(x, inverse[:, None], PTX), 0.0)
+    return (scaled + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS, bits
+
+
+@triton.jit
+def pairs(codes, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Bytes int32 [ROWS, WIDTH // 2] of ROWS * WIDTH codes of 4 bits: the first of two has the lower half."""
+    lower, upper = tl.split(tl.reshape(codes, (ROWS, WIDTH // 2, 2)))
+    return lower & 15 | upper << 4
+
+
+@triton.jit
 def _peak_bits(x, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
     """bf16's bits, int32 [G], of the peaks of x fp32 [G, N]: magnitudes are in the order of their bits, NaN last."""
     bits = tl.minimum(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), INFINITY)
@@ -32,12 +50,13 @@ def _peak_bits(x, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
 
 
 @triton.jit
-def _codes(x, peak, LEVELS: tl.constexpr):
-    """Codes int32 [G, N] of x fp32 [G, N] with peaks fp32 [G]."""
-    some = peak > 0
-    inverse = tl.div_rn(tl.full(peak.shape, LEVELS, tl.float32), tl.where(some, peak, 1.0))
-    scaled = tl.where(some[:, None], x * inverse[:, None], 0.0)
-    return (scaled + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS
+def _product(a, b, PTX: tl.constexpr):
+    """a * b. An instruction that names its rounding is fused with no sum, whatever else the kernel lets be fused."""
+    if PTX:
+        product = tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+    else:
+        product = a * b
+    return product
 
 
 @triton.jit
@@ -65,17 +84,14 @@ def _encode_rows(
         if BITS > 8:
             tl.store(payload.to(tl.pointer_type(x.dtype)) + at, x, mask=inside)
         else:
-            x = x.to(tl.float32)
-            bits = _peak_bits(x, LARGEST, SMALLEST)
-            codes = _codes(x, (bits << 16).to(tl.float32, bitcast=True), LEVELS)
+            codes, bits = quantise(x.to(tl.float32), LEVELS, LARGEST, SMALLEST, PDL)
             peaks = (page_ptr + PEAKS).to(tl.pointer_type(tl.int16)) + place * GROUPS
             tl.store(peaks + g, bits.to(tl.int16), mask=g < GROUPS)
             if BITS == 8:
                 tl.store(payload + at, codes.to(tl.uint8), mask=inside)
             else:
-                lower, upper = tl.split(tl.reshape(codes, (G, N // 2, 2)))
                 pair = g[:, None] * (GROUP // 2) + tl.arange(0, N // 2)[None, :]
-                tl.store(payload + pair, (lower & 15 | upper << 4).to(tl.uint8), mask=(g < GROUPS)[:, None])
+                tl.store(payload + pair, pairs(codes, G, N).to(tl.uint8), mask=(g < GROUPS)[:, None])
 
 
 @triton.jit
@@ -136,7 +152,7 @@ def encode_rows(
     if len(first):
         _encode_rows[(len(first),)](
             first, last, packed[:, layer * shape.layer_bytes :], target, first.stride(0), shape.bytes,
-            LARGEST=_bits(largest_peak(first.dtype)), SMALLEST=_bits(SMALLEST_PEAK), **_constants(shape, first),
+            **peak_bounds(first.dtype), **_constants(shape, first),
         )  # fmt: skip
 
 
@@ -167,18 +183,29 @@ def decode_rows(
         )  # fmt: skip
 
 
-def _constants(shape: FormatShape, values: torch.Tensor) -> dict[str, Any]:
-    """What both kernels are compiled and launched with."""
-    groups, group = triton.next_power_of_2(shape.groups), triton.next_power_of_2(shape.group)
+def page_constants(shape: FormatShape) -> dict[str, Any]:
+    """What kernels that read or write packed pages are compiled with."""
     return {
-        "PEAKS": shape.peaks_offset, "SIDES": shape.sides, "PAGE_TOKENS": shape.page_tokens,
-        "ROW_BYTES": shape.row_bytes, "BITS": shape.bits, "LEVELS": 0 if shape.lossless else shape.levels,
-        "GROUPS": shape.groups, "GROUP": shape.group, "G": groups, "N": group,
-        "num_warps": max(1, min(8, groups * group // VALUES_OF_WARP)), "enable_fp_fusion": False,
-        **dependent.options(values),
+        "PEAKS": shape.peaks_offset, "PAGE_TOKENS": shape.page_tokens, "ROW_BYTES": shape.row_bytes,
+        "BITS": shape.bits, "LEVELS": 0 if shape.lossless else shape.levels,
+        "GROUPS": shape.groups, "GROUP": shape.group,
     }  # fmt: skip
+
+
+def peak_bounds(dtype: torch.dtype) -> dict[str, Any]:
+    """What kernels that quantise values of `dtype` are compiled with: bf16's bits of the peaks' bounds."""
+    return {"LARGEST": _bits(largest_peak(dtype)), "SMALLEST": _bits(SMALLEST_PEAK)}
 
 
 def _bits(value: float) -> int:
     """Of `value` in bf16."""
     return int(torch.tensor(value, dtype=torch.bfloat16).view(torch.int16))
+
+
+def _constants(shape: FormatShape, values: torch.Tensor) -> dict[str, Any]:
+    """What both kernels are compiled and launched with."""
+    groups, group = triton.next_power_of_2(shape.groups), triton.next_power_of_2(shape.group)
+    return {
+        **page_constants(shape), "SIDES": shape.sides, "G": groups, "N": group,
+        "num_warps": max(1, min(8, groups * group // VALUES_OF_WARP)), **dependent.options(values),
+    }  # fmt: skip

@@ -1,0 +1,26 @@
+"""What restoring costs: as calibrated at an earlier start on the same machine and shape of model, or now."""
+
+from __future__ import annotations
+
+from mtserve.config import EngineConfig
+from mtserve.engine.calibration import calibrate, cost_key
+from mtserve.engine.planner import Planner
+from mtserve.engine.runner import BatchRunner
+from mtserve.engine.sequence import SequenceBuilder
+from mtserve.model.ranking import RankingModel
+from mtserve.restore.cache import CostCache, default_path
+from mtserve.restore.costs import Costs
+from mtserve.transfer.mover import Mover
+
+
+def known_costs(
+    runner: BatchRunner, planner: Planner, builder: SequenceBuilder, mover: Mover, model: RankingModel,
+    config: EngineConfig, kernels: str, *, host_pages: int,
+) -> Costs:  # fmt: skip
+    """Costs of `model` on this machine; calibrated, which overwrites pages of the pool, where nobody has done so before."""
+    known, key = CostCache(default_path()), cost_key(model, config, kernels, config.host_format, host_pages)
+    costs = known.get(key)
+    if costs is None:
+        costs = calibrate(runner, planner, builder, mover, model, config, host_pages=host_pages)
+        known.put(key, costs)
+    return costs

@@ -1,0 +1,160 @@
+"""Batches of users whose states only the host has: what of them is loaded, and what is encoded again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from mtserve.cache.index import Load, TieredIndex
+from mtserve.config import EngineConfig
+from mtserve.engine.scheduler import Slot
+from mtserve.engine.transfers import Transfers
+from mtserve.metrics import Metrics
+from mtserve.restore.choice import LOAD as LOAD_ALL
+from mtserve.restore.choice import Choice, Layout, Need, Work, choose, user_work
+from mtserve.restore.costs import Costs
+from mtserve.restore.watch import PredictionWatch
+from mtserve.transfer.mover import LOAD, Arrivals, Finished, Mover
+
+
+@dataclass(frozen=True)
+class Restored:
+    """How a batch begins: layers from `choice.first_layer` on of `loads` come over the link, the others are encoded.
+
+    `cached`: of each user of `loads`, tokens whose states the device had; `arrivals`: what the later layers wait for.
+    """
+
+    choice: Choice
+    loads: tuple[Load, ...]
+    cached: dict[str, int]
+    arrivals: Arrivals | None
+
+    def early(self, users: Sequence[str], cached: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """int32 [B]: tokens from which the layers before the loaded ones encode; `cached` [B] those of the others."""
+        return np.array(
+            [self.cached.get(user, int(tokens)) for user, tokens in zip(users, cached, strict=True)], np.int32
+        )
+
+
+class Restoring:
+    """Decides for each such batch, begins its loads, and ends them with it.
+
+    What a load brings of some layers only is worth nothing without what the batch makes of the others. So such a load
+    succeeds for the index only once both have.
+    """
+
+    def __init__(
+        self,
+        index: TieredIndex,
+        mover: Mover,
+        transfers: Transfers,
+        config: EngineConfig,
+        metrics: Metrics,
+        costs: Costs,
+        *,
+        rows: int,
+        groups: Sequence[int],
+        frozen_sees_all: bool,
+    ) -> None:
+        """`rows`: of the largest batch; `groups`: the first layer of each group that comes together."""
+        self._index, self._mover, self._transfers, self._metrics = index, mover, transfers, metrics
+        self._costs, self._way, self._rows, self._frozen_sees_all = costs, config.restore, rows, frozen_sees_all
+        layers, layer_bytes = mover.pool.shape[1], mover.pool[:1, :1].nbytes
+        self._layout = Layout(layers, config.page_tokens, layer_bytes, tuple(groups))
+        self._page_bytes = layers * layer_bytes
+        self._open: dict[
+            int, bool | None
+        ] = {}  # ticket of a load of some layers -> whether its copy succeeded, once over
+        self._doomed: set[int] = set()  # of these, those whose batch has failed
+        self.watch = PredictionWatch()
+
+    def begin(self, slots: Sequence[Slot], before_copies: Callable[[], None]) -> Restored | None:
+        """Decide, and start what is to be loaded, just before the batch of `slots` begins; None where nothing is restored.
+
+        `before_copies()` is called when pages have been found and nothing touches them yet.
+        """
+        restored = [slot for slot in slots if slot.restored]
+        if not restored:
+            return None
+        begun = [(slot, self._index.begin_load(slot.user_id, slot.sequence.chain)) for slot in restored]
+        brought = [(slot, load) for slot, load in begun if load is not None]  # the device may have no room for another
+        loads, needs = [load for _, load in brought], [self._need(slot, load) for slot, load in brought]
+        loading = {load.user for load in loads}
+        others = [self._work(slot) for slot in slots if slot.user_id not in loading]
+        choice = self._choose(loads, needs, Work(sum(each.rows for each in others), sum(each.pairs for each in others)))
+        self._metrics.count("restored_batches_total", 1, choice.way)
+        if choice.first_layer == self._layout.layers:
+            for load in loads:
+                self._index.end_load(load.ticket, False)
+            return Restored(choice, (), {}, None)
+        for slot, load in brought:
+            _note_load(slot, load)
+        part = self._page_bytes * (self._layout.layers - choice.first_layer) // self._layout.layers
+        self._transfers.began(LOAD, loads, page_bytes=part)
+        if choice.first_layer:
+            self._open.update((load.ticket, None) for load in loads)
+        before_copies()
+        arrivals = self._mover.submit_split(loads, choice.first_layer)
+        return Restored(choice, tuple(loads), {load.user: load.first_token for load in loads}, arrivals)
+
+    def _choose(self, loads: Sequence[Load], needs: Sequence[Need], others: Work) -> Choice:
+        way, layout = self._way, self._layout
+        if loads:
+            layout = replace(layout, run_pages=self._mover.piece_pages(loads))
+        if others.rows + sum(need.prefix - need.cached + need.candidates for need in needs) > self._rows:
+            way = LOAD_ALL  # encoded again they would not fit
+        busy_s = self._mover.load_s(self._transfers.moving_bytes(LOAD))
+        return choose(self._costs, layout, needs, others, link_busy_s=busy_s, way=way)
+
+    def _need(self, slot: Slot, load: Load) -> Need:
+        candidates = sum(len(job.candidates) for job in slot.jobs)
+        return Need(slot.encode_to, load.first_token, load.tokens, candidates, self._frozen(slot))
+
+    def _work(self, slot: Slot) -> Work:
+        candidates = sum(len(job.candidates) for job in slot.jobs)
+        return user_work(slot.cached, slot.encode_to, candidates, self._frozen(slot))
+
+    def _frozen(self, slot: Slot) -> int:
+        return slot.sequence.groups.frozen if self._frozen_sees_all else 0
+
+    def withhold(self, finished: Sequence[Finished]) -> list[Finished]:
+        """Those of the copies that ended whose end may be told to the index; loads of some layers wait for their batch."""
+        told = []
+        for copy in finished:
+            if copy.kind != LOAD or copy.ticket not in self._open:
+                told.append(copy)
+            elif copy.ticket in self._doomed:
+                self._end(copy.ticket, success=False)
+            else:
+                self._open[copy.ticket] = copy.error is None
+        return told
+
+    def end(self, restored: Restored | None, *, success: bool) -> None:
+        """The batch is over; called before the index ends it. On success its arrivals have been waited for and polled."""
+        for load in () if restored is None else restored.loads:
+            if load.ticket not in self._open:
+                continue
+            copied = self._open[load.ticket]
+            if copied is None:
+                assert not success
+                self._doomed.add(load.ticket)
+            else:
+                self._end(load.ticket, success=success and copied)
+
+    def _end(self, ticket: int, *, success: bool) -> None:
+        del self._open[ticket]
+        self._doomed.discard(ticket)
+        self._index.end_load(ticket, success)
+
+    def waiting(self) -> int:
+        """Loads whose copies are over, and that the index still counts as open."""
+        return sum(copied is not None for copied in self._open.values())
+
+
+def _note_load(slot: Slot, load: Load) -> None:
+    for job in slot.jobs:
+        job.loads += 1
+        job.loaded_from = load.first_token if job.loaded_from < 0 else min(job.loaded_from, load.first_token)

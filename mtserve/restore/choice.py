@@ -1,0 +1,182 @@
+"""Load, recompute or split: which way brings the absent states of one batch's users soonest.
+
+A split at layer k: the device encodes layers [0, k) of the absent tokens, while the link brings their layers [k, L);
+from k on only new tokens and candidates are encoded. k = 0 loads everything, k = L recomputes. Two queues:
+
+    link    link_busy_s, load_s, then layers k.. group by group
+    device  batch_s, then layer by layer. Layer l < k: all rows. Layer l >= k: once its group is there, the unpacking
+            of what came, then the new rows
+
+Unpacking takes the device's time as the layers do, so it does not matter that it may begin before they ask for it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+from mtserve.errors import InvalidArgument
+from mtserve.restore.costs import Costs
+
+AUTO, LOAD, RECOMPUTE, SPLIT = "auto", "load", "recompute", "split"
+WAYS = (AUTO, LOAD, RECOMPUTE, SPLIT)
+
+
+class Work(NamedTuple):
+    """What one layer computes: rows, and the keys that they see in all."""
+
+    rows: int
+    pairs: int
+
+
+NOTHING = Work(0, 0)
+
+
+class Need(NamedTuple):
+    """One user whose states only the host has: cached < host <= prefix, in tokens.
+
+    `prefix`: of the request. `cached`: on the device. `host`: what there would be after a load. `candidates`: rows to
+    score. `frozen`: tokens of U + S, which all see each other; 0 where attention is causal.
+    """
+
+    prefix: int
+    cached: int
+    host: int
+    candidates: int
+    frozen: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How states lie and come. `layer_bytes`: what one layer of one page takes on the link.
+
+    `groups`: first layer of each group that comes together, the first of them 0; empty: each layer alone. `run_pages`:
+    neighbouring pages that one copy takes, in the mean. `splits`: layers at which a split may be; None: at any.
+    """
+
+    layers: int
+    page_tokens: int
+    layer_bytes: int
+    groups: tuple[int, ...] = ()
+    run_pages: float = 1.0
+    splits: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.layers >= 1 and self.page_tokens >= 1 and self.layer_bytes >= 1 and self.run_pages >= 1
+        groups = self.groups or tuple(range(self.layers))
+        assert groups[0] == 0 and groups[-1] < self.layers and all(first < last for first, last in pairwise(groups))
+        splits = range(1, self.layers) if self.splits is None else self.splits
+        assert all(0 < layer < self.layers for layer in splits)
+        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "splits", tuple(sorted(set(splits))))
+
+    def pages(self, need: Need) -> int:
+        """Pages that a load brings: whole ones, that of the last cached token among them where it is not full."""
+        return -(-need.host // self.page_tokens) - need.cached // self.page_tokens
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The way of one batch. `first_layer`: the first that is loaded; the number of layers where nothing is.
+
+    `predicted_s`: from the decision to the end of the last layer. `by_way`: the same for each way that there is.
+    """
+
+    first_layer: int
+    predicted_s: float
+    way: str
+    by_way: dict[str, float] = field(compare=False)
+
+
+def user_work(first: int, prefix: int, candidates: int, frozen: int = 0) -> Work:
+    """Of one user: tokens [first, prefix) and the candidates, each of which sees the prefix and itself."""
+    return Work(prefix - first + candidates, _pairs(first, prefix, frozen) + candidates * (prefix + 1))
+
+
+def choose(
+    costs: Costs, layout: Layout, needs: Sequence[Need], others: Work, *, link_busy_s: float = 0.0, way: str = AUTO
+) -> Choice:
+    """The way of a batch that is to restore `needs`, beside `others`: what every layer computes anyway.
+
+    `link_busy_s`: what the link has to bring before. `way`: "auto", the soonest, and recompute where that is as soon;
+    else as named, but recompute where there is no such way: without needs, a split of a single layer. Where nothing is
+    known of the link, the soonest is recompute, and what is said of a way that was named leaves the link's time out.
+    Raises InvalidArgument for a `way` that is none.
+    """
+    if way not in WAYS:
+        raise InvalidArgument(f"{way!r} is not one of {', '.join(WAYS)}", field="restore")
+    layers = layout.layers
+    course = _Course(costs, layout, needs, others, link_busy_s)
+    recompute = Choice(layers, course.end_s(layers), RECOMPUTE, {})
+    found = [recompute]
+    if needs and (costs.link or way != AUTO):
+        # The last of equals loads least.
+        splits = [Choice(layer, course.end_s(layer), SPLIT, {}) for layer in reversed(layout.splits or ())]
+        found += [min(splits, key=_predicted)] if splits else []
+        found.append(Choice(0, course.end_s(0), LOAD, {}))
+    best = min(found, key=_predicted) if way == AUTO else next((each for each in found if each.way == way), recompute)
+    by_way = {each.way: each.predicted_s for each in found}
+    return Choice(best.first_layer, best.predicted_s, best.way, by_way)
+
+
+class _Course:
+    """How one batch would go."""
+
+    def __init__(self, costs: Costs, layout: Layout, needs: Sequence[Need], others: Work, link_busy_s: float) -> None:
+        absent_rows = absent_pairs = pages = 0
+        rows, pairs = others
+        for need in needs:
+            prefix, cached, host, candidates, frozen = need
+            assert 0 <= cached < host <= prefix and candidates >= 0 and frozen >= 0
+            absent_rows += host - cached
+            absent_pairs += _pairs(cached, host, frozen)
+            rows += prefix - host + candidates
+            pairs += _pairs(host, prefix, frozen) + candidates * (prefix + 1)
+            pages += layout.pages(need)
+        self._costs, self._layout, self._pages = costs, layout, pages
+        self._link_from = link_busy_s + costs.load_s
+        self._whole_s = costs.compute_s(rows + absent_rows, pairs + absent_pairs)
+        unpack_s = costs.unpack_s * pages * layout.page_tokens
+        self._loaded_s = costs.compute_s(rows, pairs) + unpack_s
+        self._piece_s: dict[int, float] = {}  # layers of a group -> seconds in which the link brings it
+
+    def end_s(self, first_layer: int) -> float:
+        """When the last layer is done, if layers from `first_layer` on are loaded."""
+        done = self._costs.batch_s + first_layer * self._whole_s
+        arrived, loaded_s = self._link_from, self._loaded_s
+        for layers in self._groups(first_layer):
+            arrived += self._arrival_s(layers)
+            done = max(done, arrived) + layers * loaded_s
+        return done
+
+    def _groups(self, first_layer: int) -> list[int]:
+        """Layers of each group that comes, the first of them cut short."""
+        groups, layers = self._layout.groups, self._layout.layers
+        if first_layer == layers:
+            return []
+        bounds = (first_layer, *groups[bisect_right(groups, first_layer) :], layers)
+        return [last - first for first, last in pairwise(bounds)]
+
+    def _arrival_s(self, layers: int) -> float:
+        if not self._costs.link:
+            return 0.0
+        known = self._piece_s.get(layers)
+        if known is None:
+            width = layers * self._layout.layer_bytes
+            known = self._pages * width / self._costs.bytes_per_s(int(width * self._layout.run_pages))
+            self._piece_s[layers] = known
+        return known
+
+
+def _pairs(first: int, last: int, frozen: int) -> int:
+    """Keys that prefix tokens [first, last) see in all: all `frozen` ones, and behind those each up to itself."""
+    inside = max(0, min(last, frozen) - first) * frozen
+    first, last = max(first, frozen), max(last, frozen)
+    return inside + (last * (last + 1) - first * (first + 1)) // 2
+
+
+def _predicted(choice: Choice) -> float:
+    return choice.predicted_s

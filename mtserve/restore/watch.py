@@ -1,0 +1,61 @@
+"""Whether batches that restored states took as long as they were predicted to."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from statistics import median
+from typing import Any, NamedTuple
+
+log = logging.getLogger(__name__)
+
+WINDOW = 256
+
+
+class _Sample(NamedTuple):
+    predicted_s: float
+    actual_s: float
+    way: str
+
+    @property
+    def error(self) -> float:
+        return abs(self.predicted_s - self.actual_s) / self.actual_s
+
+
+class PredictionWatch:
+    """Predicted and actual seconds of the last `window` batches that restored states. One thread notes, any reads."""
+
+    def __init__(self, window: int = WINDOW) -> None:
+        self._samples: deque[_Sample] = deque(maxlen=window)
+
+    def note(self, predicted_s: float, actual_s: float, way: str) -> None:
+        """A batch took `actual_s`; one that took no time by the clock says nothing."""
+        if actual_s <= 0:
+            return
+        sample = _Sample(predicted_s, actual_s, way)
+        self._samples.append(sample)
+        log.debug(
+            "%s: predicted %.3f ms, took %.3f ms, off by %.0f%%",
+            way, predicted_s * 1e3, actual_s * 1e3, sample.error * 100,
+        )  # fmt: skip
+
+    def error(self) -> float | None:
+        """Median of |predicted - actual| / actual over the window; None where it is empty."""
+        return _median([sample.error for sample in tuple(self._samples)])
+
+    def stats(self) -> dict[str, Any]:
+        """JSON-able, of the window: `batches`, and `by_way` how many each; `error` as above; `actual_over_predicted`:
+        median of the quotient, above 1 where batches take longer than predicted. None where there were none.
+        """
+        samples = tuple(self._samples)
+        quotients = [sample.actual_s / sample.predicted_s for sample in samples if sample.predicted_s > 0]
+        return {
+            "batches": len(samples),
+            "by_way": dict(Counter(sample.way for sample in samples)),
+            "error": _median([sample.error for sample in samples]),
+            "actual_over_predicted": _median(quotients),
+        }
+
+
+def _median(values: list[float]) -> float | None:
+    return median(values) if values else None
