@@ -19,53 +19,23 @@
 // Builds with `nvcc -gencode=arch=compute_90a,code=sm_90a --cubin` and with NVRTC: no headers.
 //   EPILOGUE      0 projection, 1 residual
 //   FP16          0 bf16, 1 fp16
-//   TILE_ROWS     64 | 128: of a tile of C. Small ones for few rows, where large ones would leave
-//   TILE_COLUMNS  64 | 128  multiprocessors idle.
+//   TILE_ROWS, TILE_COLUMNS: see product.cuh
 //   SPIN_LIMIT    0. For debugging: polls after which a barrier gives up, so that a hang becomes a wrong result.
 
 #ifndef EPILOGUE
 #define EPILOGUE 0
 #endif
-#ifndef TILE_ROWS
-#define TILE_ROWS 128
-#endif
-#ifndef TILE_COLUMNS
-#define TILE_COLUMNS 128
-#endif
 
 #include "hopper.cuh"
+#include "product.cuh"
 
-// ---- geometry -------------------------------------------------------------------------------
-constexpr int BOX = 64;                           // rows and columns of a copy; k of a stage; rows of one wgmma
-constexpr int ROW_BYTES = BOX * 2;                // the most that a swizzled row can have
-constexpr int BOX_BYTES = BOX * ROW_BYTES;        // a multiple of 1024, the swizzle's alignment
-constexpr int HALVES = TILE_ROWS / BOX;           // row boxes of a tile
-constexpr int STRIPS = TILE_COLUMNS / BOX;        // column boxes of a tile
-constexpr int SUMS = TILE_COLUMNS / 2;            // fp32 sums of a thread in each half
-constexpr int A_BYTES = HALVES * BOX_BYTES;
-constexpr int STAGE_BYTES = A_BYTES + STRIPS * BOX_BYTES;
-constexpr int STRIP_BYTES = TILE_ROWS * ROW_BYTES;   // 64 columns of C: its boxes lie one below the other
-constexpr int C_BYTES = STRIPS * STRIP_BYTES;
-constexpr int WARPS = 4;                          // of a warpgroup
-constexpr int THREADS = 384;
 constexpr int BAND = 8;                           // see `Tiles`
-
-// Each consumer has a tile of C of its own; the stages take the rest of the 227 KiB.
-constexpr int SHARED_LIMIT = 232448, RESERVED = 2048;   // alignment of the start, barriers
-constexpr int STAGES = (SHARED_LIMIT - RESERVED - 2 * C_BYTES) / STAGE_BYTES;
-
-constexpr int C_AT = STAGES * STAGE_BYTES;
-constexpr int FULL = C_AT + 2 * C_BYTES;          // barriers: a stage has arrived,
-constexpr int EMPTY = FULL + 8 * STAGES;          // a stage has been used,
-constexpr int TURN = EMPTY + 8 * STAGES;          // [2]: a consumer may begin its products,
-constexpr int OLD_FULL = TURN + 16;               // [2]: the old C has arrived in a consumer's tile
+constexpr int OLD_FULL = OTHERS;                  // [2]: the old C has arrived in a consumer's tile
 constexpr int SHARED_END = OLD_FULL + 16;
 // Dynamic shared memory to ask for: 1024 more, to align the start.
 extern "C" __device__ const int product_shared_bytes = SHARED_END + 1024;
 
 static_assert(EPILOGUE == 0 || EPILOGUE == 1, "EPILOGUE");
-static_assert(TILE_ROWS == 64 || TILE_ROWS == 128, "TILE_ROWS");
-static_assert(TILE_COLUMNS == 64 || TILE_COLUMNS == 128, "TILE_COLUMNS");
 static_assert(SHARED_END + 1024 <= SHARED_LIMIT, "a block of sm_90 has at most 227 KiB");
 
 // Registers after setmaxnreg: (40 + 2 * 232) * 128 = 168 * 384, of which the launch gives 168 to each thread.
@@ -92,75 +62,6 @@ __device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int x,
 __device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Returns once this thread's stores have read shared memory.
 __device__ __forceinline__ void stores_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-// Ties register values to this point of the program, so that no use of them moves across it.
-template <int N>
-__device__ __forceinline__ void hold(float (&x)[HALVES][N]) {
-#pragma unroll
-    for (int half = 0; half < HALVES; ++half)
-#pragma unroll
-        for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[half][i])::"memory");
-}
-// Four 8 x 8 matrices; lanes 8 i .. 8 i + 7 name the rows of the i-th, of which each lane has two elements.
-__device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
-}
-__device__ __forceinline__ void store_matrices(u32 to, const u32 (&x)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                 ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
-}
-__device__ __forceinline__ uint4 load_vector(u32 from) {
-    uint4 x;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
-    return x;
-}
-
-// Shared-memory matrix descriptor: bits 0-13 address / 16, 16-29 LBO / 16, 32-45 SBO / 16, 62-63 swizzle
-// (1: 128 bytes).
-//   K-major (A: the product's k runs along a row): the next 8 rows lie SBO away; a k-step is 32 bytes
-//       inside the row (the swizzle XORs address bits 4-6 with bits 7-9, which the advance leaves alone);
-//       LBO is not used.
-//   MN-major (B: the product's n runs along a row, its k down the rows): the next 64 columns lie LBO away,
-//       in the next box; the next 8 k lie SBO away. A k-step is 16 rows.
-constexpr u64 SWIZZLE = (u64)1 << 62;
-constexpr u64 K_MAJOR = SWIZZLE | ((u64)(8 * ROW_BYTES / 16) << 32) | ((u64)1 << 16);
-constexpr u64 MN_MAJOR = SWIZZLE | ((u64)(8 * ROW_BYTES / 16) << 32) | ((u64)(BOX_BYTES / 16) << 16);
-__device__ __forceinline__ u64 k_major(u32 address) { return K_MAJOR | (u64)(address >> 4); }
-__device__ __forceinline__ u64 mn_major(u32 address) { return MN_MAJOR | (u64)(address >> 4); }
-
-// Constraints of the sums, 16 at a time.
-#define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SIXTEEN(d, i) FOUR(d, i), FOUR(d, i + 4), FOUR(d, i + 8), FOUR(d, i + 12)
-#define WGMMA(n, names, a, b, add) \
-    "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\n" \
-    "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." ELEM_NAME "." ELEM_NAME " {" names "}, " a ", " b \
-    ", p, 1, 1, 0, 1;\n}\n"
-
-// d = A B, or d += A B: [64, TILE_COLUMNS] by a k-step of 16; B transposed by the product.
-__device__ __forceinline__ void product_step(float (&d)[SUMS], u64 a, u64 b, int add) {
-#if TILE_COLUMNS == 64
-    asm volatile(WGMMA("64", NAMES_0 ", " NAMES_16, "%32", "%33", "%34")
-                 : SIXTEEN(d, 0), SIXTEEN(d, 16) : "l"(a), "l"(b), "r"(add));
-#else
-    asm volatile(WGMMA("128", NAMES_0 ", " NAMES_16 ", " NAMES_32 ", " NAMES_48, "%64", "%65", "%66")
-                 : SIXTEEN(d, 0), SIXTEEN(d, 16), SIXTEEN(d, 32), SIXTEEN(d, 48) : "l"(a), "l"(b), "r"(add));
-#endif
-}
-
-// Position in the ring of stages; phase flips at each wrap.
-struct Ring {
-    u32 stage = 0, phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-    __device__ __forceinline__ void skip(int stages) {
-        stage += stages;
-        const u32 wraps = stage / STAGES;
-        stage -= wraps * STAGES;
-        phase ^= wraps & 1;
-    }
-};
 
 // The order of the tiles: bands of a few tiles down, all columns across, the rows of a band fastest. Tiles
 // in work at the same time so share what they read of A and of B, and A comes from memory once.
@@ -194,19 +95,13 @@ struct Producer {
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) load_box(at + half * BOX_BYTES, a_map, full, k, row + half * BOX);
     }
-    __device__ __forceinline__ void load_b(u32 stage, int column, int k) const {
-        const u32 at = smem + stage * STAGE_BYTES + A_BYTES, full = smem + FULL + 8 * stage;
-        barrier_expect(full, STAGE_BYTES);
-#pragma unroll
-        for (int strip = 0; strip < STRIPS; ++strip) load_box(at + strip * BOX_BYTES, b_map, full, column + strip * BOX, k);
-    }
 
     __device__ __forceinline__ void run() const {
         int row, column;
         tiles.place(blockIdx.x, row, column);
         // B is constant: as much of the first tile's as there is room for comes while the kernels before this end.
         const int early = min(p.depth, STAGES * BOX);
-        for (int k = 0; k < early; k += BOX) load_b(k / BOX, column, k);
+        for (int k = 0; k < early; k += BOX) load_b(smem, b_map, k / BOX, STAGE_BYTES, column, k);
         await_kernels_before();
         Ring ring;
         for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
@@ -214,7 +109,7 @@ struct Producer {
             for (int k = 0; k < p.depth; k += BOX) {
                 if (tile != blockIdx.x || k >= early) {
                     barrier_wait(smem + EMPTY + 8 * ring.stage, ring.phase ^ 1);
-                    load_b(ring.stage, column, k);
+                    load_b(smem, b_map, ring.stage, STAGE_BYTES, column, k);
                 }
                 load_a(ring.stage, row, k);
                 ring.advance();
@@ -224,97 +119,16 @@ struct Producer {
 };
 
 // ---- consumers ------------------------------------------------------------------------------
-struct Consumer {
+struct Consumer : Multiplier {
     const TensorMap* c_map;
     const Params& p;
-    u32 smem;
-    u32 c_tile;               // this warpgroup's
-    int group, warp, lane;    // warpgroup of the block, warp of the warpgroup
-    Ring ring;
 
     __device__ __forceinline__ Consumer(const TensorMap* c_map, const Params& p, u32 smem)
-        : c_map(c_map), p(p), smem(smem) {
-        lane = threadIdx.x & 31;
-        warp = uniform((threadIdx.x >> 5) & 3);
-        group = uniform((threadIdx.x >> 7) - 1);
-        c_tile = smem + C_AT + group * C_BYTES;
-    }
+        : Multiplier(smem), c_map(c_map), p(p) {}
     __device__ __forceinline__ bool leads() const { return (threadIdx.x & 127) == 0; }
     __device__ __forceinline__ void sync() const { named_sync(1 + group, 128); }
 
-    __device__ __forceinline__ void release(u32 stage) const {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(smem + EMPTY + 8 * stage);
-    }
-
-    // sum = A B of one tile. One stage's products are always queued behind those that run.
-    __device__ __forceinline__ void multiply(float (&sum)[HALVES][SUMS], u32 turn_parity) {
-        // Stages lie in the order of the tiles: until the other consumer has seen all of its own arrive,
-        // the parity of a barrier could mean its tile as well as this one.
-        barrier_wait(smem + TURN + 8 * group, turn_parity);
-        u32 last = 0;
-        for (int k = 0; k < p.depth; k += BOX) {
-            const u32 a = smem + ring.stage * STAGE_BYTES, b = a + A_BYTES;
-            barrier_wait(smem + FULL + 8 * ring.stage, ring.phase);
-            wgmma_fence();
-#pragma unroll
-            for (int step = 0; step < BOX / 16; ++step)
-#pragma unroll
-                for (int half = 0; half < HALVES; ++half)
-                    product_step(sum[half], k_major(a + half * BOX_BYTES + step * 32),
-                                 mn_major(b + step * 16 * ROW_BYTES), step || k);
-            wgmma_commit();
-            wgmma_wait<1>();
-            if (k) release(last);
-            last = ring.stage;
-            ring.advance();
-        }
-        if (lane == 0) barrier_arrive(smem + TURN + 8 * (group ^ 1));
-        wgmma_wait<0>();
-        release(last);
-        hold(sum);   // after the release, so that the epilogue does not delay it
-    }
-
-    // The tile of C in shared memory: STRIPS of 64 columns, rows of 128 bytes, whose 16-byte chunks are
-    // swizzled by the row. The lane's row in the four matrices of a load or store, rows (0-7, 8-15) by
-    // columns (0-7, 8-15), in the order in which wgmma gives a warp's sums.
-    __device__ __forceinline__ u32 matrices_at() const {
-        return c_tile + (warp * 16 + (lane & 15)) * ROW_BYTES;
-    }
-    __device__ __forceinline__ u32 in_strip(int half, int g) const {
-        const u32 chunk = (g & 7) ^ (lane >> 4) ^ (lane & 7);
-        return (g / 8) * STRIP_BYTES + half * BOX_BYTES + chunk * 16;
-    }
-
 #if EPILOGUE == 0
-    // The bias of the thread's columns: pairs 8 g + 2 (lane % 4).
-    __device__ __forceinline__ void load_bias(u32 (&bias)[TILE_COLUMNS / 8], int column) const {
-        const int mine = column + 2 * (lane & 3);
-#pragma unroll
-        for (int g = 0; g < TILE_COLUMNS / 8; ++g)
-            bias[g] = mine + 8 * g < p.columns ? __ldg(reinterpret_cast<const u32*>(p.bias + mine + 8 * g)) : 0;
-    }
-    __device__ __forceinline__ void to_tile(const float (&sum)[HALVES][SUMS],
-                                            const u32 (&bias)[TILE_COLUMNS / 8]) const {
-        const u32 at = matrices_at();
-#pragma unroll
-        for (int g = 0; g < TILE_COLUMNS / 8; g += 2) {
-            float2 half_bias[2] = {unpack(bias[g]), unpack(bias[g + 1])};
-#pragma unroll
-            for (int i = 0; i < 2; ++i) half_bias[i].x *= 0.5f, half_bias[i].y *= 0.5f;
-#pragma unroll
-            for (int half = 0; half < HALVES; ++half) {
-                u32 x[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float* s = sum[half] + 4 * g + 2 * i;
-                    const float2 b = half_bias[i / 2];
-                    x[i] = pack(silu_of_half(fmaf(s[0], 0.5f, b.x)), silu_of_half(fmaf(s[1], 0.5f, b.y)));
-                }
-                store_matrices(at + in_strip(half, g), x);
-            }
-        }
-    }
     // A warp writes its quarter of the tile's rows, 16 bytes a lane; `width` is a multiple of those 8 columns.
     static constexpr int PAGE = 64;   // tokens
     static constexpr int WARP_ROWS = TILE_ROWS / WARPS, VECTORS = TILE_COLUMNS / 8, AT_ONCE = 32 / VECTORS;
@@ -403,16 +217,19 @@ struct Consumer {
             if (leads()) stores_wait();
 #if EPILOGUE == 0
             u32 bias[TILE_COLUMNS / 8];
-            load_bias(bias, column);
+            load_bias(bias, p.bias, column, p.columns);
             const int target = load_target(row);
             sync();
 #else
             if (leads()) load_old(row, column);
 #endif
             float sum[HALVES][SUMS];
-            multiply(sum, (turn + 1 + group) & 1);   // the first one's first turn waits for nobody
+            multiply(sum, p.depth, (turn + 1 + group) & 1);   // the first one's first turn waits for nobody
 #if EPILOGUE == 0
-            to_tile(sum, bias);
+            float half[HALVES][2];
+#pragma unroll
+            for (int i = 0; i < 2 * HALVES; ++i) half[i / 2][i % 2] = 0.5f;
+            silu_to_tile(sum, bias, half);
             store_tile(row, column);
             write_pages(target, column);
 #else

@@ -264,8 +264,8 @@ class Function:
         self._handle = handle
         self._shared_bytes = shared_bytes
 
-    def launch(self, grid: int, threads: int, *parameters: Any) -> None:
-        """Launch on torch's current stream. `parameters` are ctypes values, copied before this returns.
+    def launch(self, grid: int, threads: int, *parameters: Any, stream: int | None = None) -> None:
+        """Launch on `stream`, None: torch's current one. `parameters` are ctypes values, copied before this returns.
 
         The kernel may start before those ahead of it on the stream have ended (programmatic dependent launch), so
         it must execute griddepcontrol.wait before it reads or writes what they may write or read.
@@ -273,8 +273,8 @@ class Function:
         addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(each) for each in parameters))
         attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
         config = _LaunchConfig(
-            (grid, 1, 1), (threads, 1, 1), self._shared_bytes, torch.cuda.current_stream().cuda_stream,
-            ctypes.pointer(attribute), 1,
+            (grid, 1, 1), (threads, 1, 1), self._shared_bytes,
+            torch.cuda.current_stream().cuda_stream if stream is None else stream, ctypes.pointer(attribute), 1,
         )  # fmt: skip
         _queue("cuLaunchKernelEx", ctypes.byref(config), self._handle, addresses, None)
 
