@@ -70,6 +70,7 @@ class Restoring:
         ] = {}  # ticket of a load of some layers -> whether its copy succeeded, once over
         self._doomed: set[int] = set()  # of these, those whose batch has failed
         self.watch = PredictionWatch()
+        self.last: Choice | None = None
 
     def begin(self, slots: Sequence[Slot], before_copies: Callable[[], None]) -> Restored | None:
         """Decide, and start what is to be loaded, just before the batch of `slots` begins; None where nothing is restored.
@@ -86,6 +87,7 @@ class Restoring:
         others = [self._work(slot) for slot in slots if slot.user_id not in loading]
         choice = self._choose(loads, needs, Work(sum(each.rows for each in others), sum(each.pairs for each in others)))
         self._metrics.count("restored_batches_total", 1, choice.way)
+        self.last = choice
         if choice.first_layer == self._layout.layers:
             for load in loads:
                 self._index.end_load(load.ticket, False)
