@@ -335,12 +335,17 @@ class World:
         """Have the engine believe that a token takes so many seconds to encode."""
         self.engine._core._pace.token_s = lambda now: token_s  # type: ignore[method-assign]
 
-    def restore_at(self, layer: int) -> None:
-        """Have batches load the layers from `layer` on of what only the host has, and encode the others."""
-        choice = Choice(layer, 1.0, "load" if layer == 0 else "split", {})
-        if layer == self.model.config.layers:
-            choice = Choice(layer, 1.0, "recompute", {})
-        self.tiers.restoring._choose = lambda loads, needs, others: choice
+    def restore_at(self, layer: int | None) -> None:
+        """Have batches load the layers from `layer` on of what only the host has, and encode the others; None: have them
+        choose by their costs again.
+        """
+        vars(self.tiers.restoring).pop("_choose", None)
+        if layer is None:
+            return
+        layers = self.model.config.layers
+        recompute = Choice(layers, 1.0, "recompute", {})
+        choice = recompute if layer == layers else Choice(layer, 1.0, "split" if layer else "load", {})
+        self.tiers.restoring._choose = lambda loads, needs, others: choice if loads else recompute
 
     def use_mover(self, mover: Mover) -> None:
         self.tiers.mover = self.tiers._onload.mover = mover

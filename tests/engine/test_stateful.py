@@ -16,16 +16,23 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from small_models import CAUSAL, make_features, small_model
 
 from mtserve.errors import NotFound, TransferFailed
+from mtserve.restore.costs import Costs, costs_for_cpu
 from mtserve.transfer.chaos import Chaos
 from mtserve.transfer.slow_mover import SlowMover
 
 USERS = st.sampled_from("abcd")
 COUNTS = st.integers(1, 12)
-SMALL = {"layers": 2, "heads": 1, "head_dim": 8, "max_history": 24, "max_realtime": 6}
+SMALL = {"layers": 3, "d": 32, "heads": 1, "head_dim": 8, "max_history": 24, "max_realtime": 6}
 MODELS = {
     "full-static": [small_model(seed, **SMALL) for seed in (0, 1)],
     "causal": [small_model(seed, **SMALL, **CAUSAL) for seed in (0, 1)],
 }
+TOLERANCES = {"kv": 1e-5, "kv8": 0.02, "x8": 0.02, "x4": 0.3}
+# A load of a few layers takes about as long as they take to encode: batches choose now one way, now another.
+EVEN = Costs(
+    link=((1, 5e7), (4096, 2e8)), load_s=2e-6, batch_s=0.0, layer_s=1e-6, row_s=1e-6, pair_s=2e-8, unpack_s=1e-8
+)
+COSTS = {"none": None, "free": costs_for_cpu(), "even": EVEN}
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -49,6 +56,8 @@ class EngineMachine(RuleBasedStateMachine):
         idle_ms=st.sampled_from([0, 40]),
         slow=st.sampled_from([0.0, 0.0, 0.4]),
         near_loads=st.booleans(),
+        host_format=st.sampled_from(["kv", "kv", *TOLERANCES]),
+        costs=st.sampled_from([*COSTS]),
         seed=st.integers(0, 999),
     )
     def start(
@@ -62,6 +71,8 @@ class EngineMachine(RuleBasedStateMachine):
         idle_ms: int,
         slow: float,
         near_loads: bool,
+        host_format: str,
+        costs: str,
         seed: int,
     ) -> None:
         self.world = World(
@@ -70,6 +81,9 @@ class EngineMachine(RuleBasedStateMachine):
             host_pages=host_pages,
             page_tokens=page_tokens,
             seed=seed,
+            host_format=host_format,
+            tolerance=TOLERANCES[host_format],
+            costs=COSTS[costs],
             max_batch_tokens=batch,
             cold_batch_tokens=max(1, batch // 2),
             cold_after=5,
@@ -187,6 +201,12 @@ class EngineMachine(RuleBasedStateMachine):
         """Hold copies back or not; make none, or each first, second or third one fail; expect loads to take long."""
         self.delayed, self.failing, self.mover.load_seconds = delayed, failing, dear
         self.world.pace(1e-6 if dear else 0.0)
+
+    @precondition(lambda self: self.world.tiers.restoring is not None)
+    @rule(layer=st.sampled_from([0, 1, 1, 2, 2, 3, None]))
+    def restore_at(self, layer: int | None) -> None:
+        """The first of the layers that batches load; None: they decide."""
+        self.world.restore_at(layer)
 
     @rule(user=st.one_of(USERS, USERS, USERS, st.none()), replace=st.booleans())
     def forget_states(self, user: str | None, replace: bool) -> None:

@@ -57,7 +57,7 @@ def _untouched(format: str, d: int, pages: int = PAGES, page_tokens: int = PAGE_
     return PackedPages(shape, torch.full((pages, shape.bytes), 255, dtype=torch.uint8, device=DEVICE))
 
 
-def _targets(rows: int, places: int = PAGES * PAGE_TOKENS) -> torch.Tensor:
+def _targets(rows: int, places: int = PAGES * PAGE_TOKENS - 1) -> torch.Tensor:
     """Distinct places in any order, every fifth or so of them none; more of them than rows, as a bucket's are."""
     target = torch.randperm(places)[:rows].to(torch.int32)
     target[torch.rand(rows) < 0.2] = -1
