@@ -24,7 +24,7 @@ from bench_replay import ROOT, ebnerd_trace, replay, sweep, table
 
 from mtserve.provenance import stamp
 
-BENCHMARKS = ("attention", "product", "forward", "loop", "transfer")
+BENCHMARKS = ("attention", "product", "forward", "loop", "transfer", "restore")
 GENERATED = "generated 25%ws"
 RETURNING = "returning 10%ws load"
 RETURNING_HIT_RATIO = 0.985  # least share of prefix tokens found in either tier where users always come back
@@ -37,6 +37,9 @@ RETURNING_SETTINGS = {
     "returning 10%ws, host 50%ws": ("--host-cache", "50%ws"),
     "returning 10%ws, host 5%ws": ("--host-cache", "5%ws"),
     "returning 10%ws, no host": ("--host-cache", "0"),
+    "returning 10%ws x8": ("--host-cache", "100%ws", "--host-format", "x8"),
+    "returning 10%ws x8 load": ("--host-cache", "100%ws", "--host-format", "x8", "--restore", "load"),
+    "returning 10%ws x4": ("--host-cache", "100%ws", "--host-format", "x4"),
 }
 
 

@@ -139,6 +139,17 @@ class _BatchLayout:
 def _find_runs(left: npt.NDArray[np.int32], right: npt.NDArray[np.int32], boundary: int) -> bytes:
     """int64 [3, runs]: left firsts, right firsts, counts."""
 
+def _copy_strided(
+    function: int,
+    to: npt.NDArray[np.int64],
+    source: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    width: int,
+    pitch: int,
+    stream: int,
+) -> int:
+    """Calls the driver's cuMemcpy2DAsync_v2 at the address `function` for each; its first result that is not 0, else 0."""
+
 class HostMemory:
     """One mapping of host memory, all zero, that takes no memory before its pages are populated or written.
 

@@ -70,10 +70,13 @@ SHAPES = (
 
 
 class Sample(NamedTuple):
-    """One batch: its rows, the keys they see, seconds until `start` had returned, and until its result was there."""
+    """One batch: its rows, the keys they see; seconds that planning it took, and from there on until `start` had
+    returned, and until its result was there.
+    """
 
     rows: int
     pairs: int
+    plan_s: float
     start_s: float
     total_s: float
 
@@ -94,12 +97,13 @@ def calibrate(
     unit = UNIT_TOKENS[model.device.type]
     shapes = dict.fromkeys(trial.fitted(BatchShape(shape[0], *(unit * n for n in shape[1:]))) for shape in SHAPES)
     samples = [trial.run(shape) for shape in shapes]
-    batch_s = min(sample.start_s for sample in samples) if runner.overlaps else 0.0
-    layer_s, row_s, pair_s = _fit(samples, batch_s, model.config.layers)
+    launch_s = min(sample.start_s for sample in samples) if runner.overlaps else 0.0
+    layer_s, row_s, pair_s = _fit(samples, launch_s, model.config.layers)
+    plan_s, plan_row_s = _fit_planning(samples)
     if config.poison_pages:
         mover.poison(np.arange(len(mover.pool), dtype=np.int32))
     runner.settle()
-    costs = Costs(link, load_s, batch_s, layer_s, row_s, pair_s, unpack_s)
+    costs = Costs(link, load_s, plan_s + launch_s, layer_s, row_s, pair_s, unpack_s, plan_row_s)
     log.info("calibrated in %.2f s: %s", time.perf_counter() - began, costs)
     return costs
 
@@ -121,12 +125,19 @@ def cost_key(model: RankingModel, config: EngineConfig, kernels: str, host_forma
     )  # fmt: skip
 
 
-def _fit(samples: list[Sample], batch_s: float, layers: int) -> tuple[float, float, float]:
+def _fit_planning(samples: list[Sample]) -> tuple[float, float]:
+    """Seconds that planning a batch takes by itself and by row: the line through the smallest and the largest."""
+    least, most = min(samples), max(samples)
+    row_s = max(0.0, most.plan_s - least.plan_s) / max(1, most.rows - least.rows)
+    return max(0.0, least.plan_s - least.rows * row_s), row_s
+
+
+def _fit(samples: list[Sample], launch_s: float, layers: int) -> tuple[float, float, float]:
     """Seconds of a layer by itself, by row and by pair; least squares of the relative errors, none negative.
 
     What a batch does for its rows outside of the layers (embedding, heads) counts as theirs.
     """
-    times = np.array([max(sample.total_s - batch_s, 1e-9) / layers for sample in samples])
+    times = np.array([max(sample.total_s - launch_s, 1e-9) / layers for sample in samples])
     terms = np.array([(1.0, sample.rows, sample.pairs) for sample in samples]) / times[:, None]
     scale = terms.max(axis=0)  # rows and pairs lie decades apart
     layer_s, row_s, pair_s = fit_nonnegative(terms / scale, np.ones(len(times))) / scale
@@ -161,17 +172,19 @@ class _Trial:
         """Medians of RUNS batches of `shape`, which is `fitted`."""
         slots, reservation = self._slots(shape)
         found = [self._time(slots, reservation) for _ in range(1 + RUNS)][1:]
-        start_s, total_s = median(each.start_s for each in found), median(each.total_s for each in found)
-        return found[0]._replace(start_s=start_s, total_s=total_s)
+        plan_s, start_s, total_s = (median(each[place] for each in found) for place in (2, 3, 4))
+        return found[0]._replace(plan_s=plan_s, start_s=start_s, total_s=total_s)
 
     def _time(self, slots: list[Slot], reservation: Reservation) -> Sample:
+        arrived = self._clock()
         plan = self._planner.plan(slots, reservation, self._runner.room)
+        plan_s = self._clock() - arrived
         pairs = int(plan.layout.limit.sum(dtype=np.int64)) + plan.candidates  # each of which sees itself
         began = self._clock()
         pending = self._runner.start(plan)
         started = self._clock()
         pending.result()
-        return Sample(plan.rows, pairs, started - began, self._clock() - began)
+        return Sample(plan.rows, pairs, plan_s, started - began, self._clock() - began)
 
     def _slots(self, shape: BatchShape) -> tuple[list[Slot], Reservation]:
         schema, page_tokens, prefix = self._builder.schema, self._config.page_tokens, shape.cached + shape.delta

@@ -38,7 +38,6 @@ from mtserve.model.ranking import RankingModel
 from mtserve.model.weights import fingerprint
 from mtserve.restore.costs import Costs
 from mtserve.transfer.chaos import Chaos
-from mtserve.transfer.cuda_mover import layer_groups
 from mtserve.transfer.mover import Fault
 from mtserve.types import Clock, History
 
@@ -124,9 +123,8 @@ class Core:
             )  # fmt: skip
         if costs is not None:
             self.tiers.restore_by(
-                costs, rows=largest_batch(self.model, config), groups=layer_groups(model.layers),
-                frozen_sees_all=model.static_attention == "full",
-            )  # fmt: skip
+                costs, rows=largest_batch(self.model, config), frozen_sees_all=model.static_attention == "full"
+            )
 
     def _make_runner(self, model: RankingModel) -> BatchRunner:
         if self.memory is None or self.tiers is None:
@@ -216,8 +214,8 @@ class Core:
             if self.tiers is not None and slots[0].keep:
                 reservation = self.tiers.reserve(slots)
             self._metrics.count("spare_requests_total", sum(len(slot.jobs) for slot in slots if not slot.keep))
+            early = self._start_early(slots, reservation)
             plan = self._planner.plan(slots, reservation, self._runner.room)
-            early = self._plan_early(slots, reservation)
             # A part that found no pages was planned whole: its jobs, which `take` left queued, are answered now.
             self.scheduler.remove([job for slot in parts if not slot.partial for job in slot.jobs])
             # Nothing to encode and nothing to score: a prefetch that found all of its states.
@@ -234,13 +232,16 @@ class Core:
                 self._fail(slots, reservation, error)
             return None
 
-    def _plan_early(self, slots: Sequence[Slot], reservation: Reservation | None) -> EarlyLayers | None:
-        """The layers of a batch that come before those that are loaded, where there are both."""
+    def _start_early(self, slots: Sequence[Slot], reservation: Reservation | None) -> EarlyLayers | None:
+        """Plan and start the layers of a batch that come before those that are loaded, where there are both."""
         restored = None if reservation is None else reservation.restored
         if reservation is None or restored is None or not restored.loads or not restored.choice.first_layer:
             return None
-        early = reservation.early([slot.user_id for slot in slots])
-        return EarlyLayers(self._planner.plan(slots, early, self._runner.early_room), restored.choice.first_layer)
+        before = reservation.early([slot.user_id for slot in slots])
+        plan = self._planner.plan(slots, before, self._runner.early_room)
+        early = EarlyLayers(plan, restored.choice.first_layer)
+        self._runner.start_early(early)
+        return early
 
     def land(self) -> bool:
         """Wait for the batch under way and answer it; False when there is none."""

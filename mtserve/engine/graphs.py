@@ -105,27 +105,29 @@ class GraphRunner:
         """Where the first layers of the next batch are to be laid out."""
         return self._early.room(bucket_rows(size.rows))
 
+    def start_early(self, early: EarlyLayers) -> None:
+        """Launch the first layers of the batch laid out in `early_room`."""
+        stream = self._enter()
+        self._launch(self._stage(self._early, early.plan, stream, gated=False, first=0, last=early.layers), stream)
+
     def start(self, plan: BatchPlan, arrivals: Arrivals | None = None, early: EarlyLayers | None = None) -> Launched:
-        """Launch the batch laid out in `room`, and in `early_room`; nothing here waits for the device.
+        """Launch the batch laid out in `room`, or what `early` has left of it; nothing here waits for the device.
 
         At most one other may be under way.
         """
-        use_context(self._context)  # the caller's thread need not have called CUDA before
-        stream = torch.cuda.current_stream(self._model.device).cuda_stream
+        stream = self._enter()
         gates = None
         if arrivals is not None:
             self._gates.reverse()
             gates = self._gates[0]
             gates.open_at(arrivals, stream)
-        first = 0
-        if early is not None:
-            first = early.layers
-            self._launch(self._stage(self._early, early.plan, gated=False, first=0, last=first), stream)
-        self._launch(self._stage(self._metadata, plan, gated=gates is not None, first=first, last=self._layers), stream)
+        first = 0 if early is None else early.layers
+        key = self._stage(self._metadata, plan, stream, gated=gates is not None, first=first, last=self._layers)
+        self._launch(key, stream)
         self._answers.reverse()
         pinned, done = self._answers[0]
         logits = pinned[: plan.candidates].numpy()
-        self._copy.run(pinned.data_ptr(), self._logits.data_ptr(), logits.nbytes)
+        self._copy.run(pinned.data_ptr(), self._logits.data_ptr(), logits.nbytes, stream)
         done.record(stream)
         return Launched(logits, done, gates)
 
@@ -133,7 +135,14 @@ class GraphRunner:
         """Block until the device has nothing left to do."""
         torch.cuda.synchronize(self._model.device)
 
-    def _stage(self, metadata: Metadata, plan: BatchPlan, *, gated: bool, first: int, last: int) -> GraphKey:
+    def _enter(self) -> int:
+        """The stream of the batches; the caller's thread need not have called CUDA before."""
+        use_context(self._context)
+        return int(torch.cuda.current_stream(self._model.device).cuda_stream)
+
+    def _stage(
+        self, metadata: Metadata, plan: BatchPlan, stream: int, *, gated: bool, first: int, last: int
+    ) -> GraphKey:
         """Plan the attention's work and start the copy to the device; the graph that the batch needs."""
         bucket = bucket_rows(plan.rows)
         options = self._stack.work_options
@@ -141,7 +150,7 @@ class GraphRunner:
         if work.max_splits > self._stack.max_splits(bucket):
             work = metadata.plan_attention(bucket, plan, **options, pieces=1)
         device, pinned, size = metadata.to_copy(bucket, plan.raw_bytes if first == 0 else 0)
-        self._copy.run(device.data_ptr(), pinned.data_ptr(), size)
+        self._copy.run(device.data_ptr(), pinned.data_ptr(), size, stream)
         self._rows += bucket
         self._padded_rows += bucket - plan.rows
         direct = work.max_splits <= 1 and not options["deterministic"]  # a rounded sum is another than an unrounded one

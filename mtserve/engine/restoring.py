@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -56,15 +56,13 @@ class Restoring:
         costs: Costs,
         *,
         rows: int,
-        groups: Sequence[int],
         frozen_sees_all: bool,
     ) -> None:
-        """`rows`: of the largest batch; `groups`: the first layer of each group that comes together."""
+        """`rows`: of the largest batch. `frozen_sees_all`: whether U and S rows see one another."""
         self._index, self._mover, self._transfers, self._metrics = index, mover, transfers, metrics
         self._costs, self._way, self._rows, self._frozen_sees_all = costs, config.restore, rows, frozen_sees_all
         layers, layer_bytes = mover.pool.shape[1], mover.pool[:1, :1].nbytes
-        self._layout = Layout(layers, config.page_tokens, layer_bytes, tuple(groups))
-        self._page_bytes = layers * layer_bytes
+        self._layers, self._layer_bytes, self._page_tokens = layers, layer_bytes, config.page_tokens
         self._open: dict[
             int, bool | None
         ] = {}  # ticket of a load of some layers -> whether its copy succeeded, once over
@@ -88,13 +86,13 @@ class Restoring:
         choice = self._choose(loads, needs, Work(sum(each.rows for each in others), sum(each.pairs for each in others)))
         self._metrics.count("restored_batches_total", 1, choice.way)
         self.last = choice
-        if choice.first_layer == self._layout.layers:
+        if choice.first_layer == self._layers:
             for load in loads:
                 self._index.end_load(load.ticket, False)
             return Restored(choice, (), {}, None)
         for slot, load in brought:
             _note_load(slot, load)
-        part = self._page_bytes * (self._layout.layers - choice.first_layer) // self._layout.layers
+        part = self._layer_bytes * (self._layers - choice.first_layer)
         self._transfers.began(LOAD, loads, page_bytes=part)
         if choice.first_layer:
             self._open.update((load.ticket, None) for load in loads)
@@ -103,13 +101,13 @@ class Restoring:
         return Restored(choice, tuple(loads), {load.user: load.first_token for load in loads}, arrivals)
 
     def _choose(self, loads: Sequence[Load], needs: Sequence[Need], others: Work) -> Choice:
-        way, layout = self._way, self._layout
-        if loads:
-            layout = replace(layout, run_pages=self._mover.piece_pages(loads))
+        way, run_pages = self._way, self._mover.piece_pages(loads) if loads else 1.0
+        groups = self._mover.split_groups(sum(len(load.gpu_pages) for load in loads))
+        layout = Layout(self._layers, self._page_tokens, self._layer_bytes, groups, run_pages)
         if others.rows + sum(need.prefix - need.cached + need.candidates for need in needs) > self._rows:
             way = LOAD_ALL  # encoded again they would not fit
         busy_s = self._mover.load_s(self._transfers.moving_bytes(LOAD))
-        return choose(self._costs, layout, needs, others, link_busy_s=busy_s, way=way)
+        return choose(self._costs, layout, needs, others, link_busy_s=busy_s, way=way, offsets=self.watch.offsets)
 
     def _need(self, slot: Slot, load: Load) -> Need:
         candidates = sum(len(job.candidates) for job in slot.jobs)
@@ -143,6 +141,7 @@ class Restoring:
             if copied is None:
                 assert not success
                 self._doomed.add(load.ticket)
+                self._transfers.disown(load.user)  # no batch is to begin over it
             else:
                 self._end(load.ticket, success=success and copied)
 

@@ -44,8 +44,12 @@ class BatchRunner(Protocol):
         """As `room`, for the first layers of a batch that is split."""
         ...
 
+    def start_early(self, early: EarlyLayers) -> None:
+        """Launch the first layers of a batch, which wait for nothing; `start` of the same batch is next."""
+        ...
+
     def start(self, plan: BatchPlan, arrivals: Arrivals | None = None, early: EarlyLayers | None = None) -> Pending:
-        """Launch a batch, whose layers wait for `arrivals`, those of `early` not; at most one other is under way."""
+        """Launch a batch, whose layers wait for `arrivals`, or what `early` has left of it; at most one other is under way."""
         ...
 
     def settle(self) -> None:
@@ -86,6 +90,7 @@ class Runner:
         self._kernels = kernels
         self._pool, self._packed = pool, packed
         self._rows = 0
+        self._early: torch.Tensor | None = None  # rows after the first layers of the batch that is to start
 
     def room(self, size: BatchSize) -> BatchArrays:
         """Fresh arrays, no larger than they need to be."""
@@ -95,13 +100,22 @@ class Runner:
         return BatchArrays.empty(size)
 
     @torch.inference_mode()
+    def start_early(self, early: EarlyLayers) -> None:
+        """Run the first layers of a batch."""
+        self._rows += early.plan.rows
+        rows = self._model.embed(early.plan.inputs(self._model.schema))
+        self._early = self._encode(rows, early.plan, 0, early.layers)
+
+    @torch.inference_mode()
     def start(self, plan: BatchPlan, arrivals: Arrivals | None = None, early: EarlyLayers | None = None) -> Done:
         """Run a batch to its end; what it waits for, it waits for as a whole."""
-        first_plan, layers = (plan, 0) if early is None else (early.plan, early.layers)
-        self._rows += first_plan.rows
-        rows = self._model.embed(first_plan.inputs(self._model.schema))
-        if early is not None:
-            rows = self._encode(rows, early.plan, 0, layers)
+        layers = 0
+        if early is None:
+            self._rows += plan.rows
+            rows = self._model.embed(plan.inputs(self._model.schema))
+        else:
+            assert self._early is not None
+            layers, rows, self._early = early.layers, self._early, None
             rows = rows.index_select(0, torch.from_numpy(early.late_rows(plan)).to(self._model.device))
         if arrivals is not None:
             arrivals.wait()

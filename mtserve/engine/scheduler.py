@@ -269,13 +269,13 @@ class _Batch:
         return not self._slots and not self._too_large
 
     def offer_restored(self, job: Job, cached: int) -> None:
-        """Take `job` in where there is room for encoding again all that the device lacks."""
+        """Take `job` in where there is room for all of its prefix: loads of others may evict what the device has of it."""
         slot = self._slots.get(job.user_id)
         if slot is not None:
             self._join(slot, job)
             return
         slot = Slot(job.sequence, cached, len(job.sequence.chain), [job], restored=True)
-        cost = slot.delta + len(job.candidates)
+        cost = slot.encode_to + len(job.candidates)
         if self._slots and (self.full or cost > self._tokens):
             return
         self._slots[job.user_id] = slot

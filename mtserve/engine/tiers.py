@@ -106,11 +106,11 @@ class Tiers:
         """Whether `job`, which has to wait, loses nothing but its place by being encoded whole and not kept."""
         return self._onload.spare(job)
 
-    def restore_by(self, costs: Costs, *, rows: int, groups: Sequence[int], frozen_sees_all: bool) -> None:
+    def restore_by(self, costs: Costs, *, rows: int, frozen_sees_all: bool) -> None:
         """Let batches decide how states come back, by what that is expected to cost; the rest is as in Restoring."""
         self.restoring = Restoring(
             self.index, self.mover, self._transfers, self._config, self._metrics, costs,
-            rows=rows, groups=groups, frozen_sees_all=frozen_sees_all,
+            rows=rows, frozen_sees_all=frozen_sees_all,
         )  # fmt: skip
 
     def restorable(self, job: Job) -> int | None:
@@ -206,7 +206,7 @@ class Tiers:
         """A batch that restored states took so long, from the decision to its landing."""
         assert self.restoring is not None
         choice, watch = restored.choice, self.restoring.watch
-        watch.note(choice.predicted_s, seconds, choice.way)
+        watch.note(choice.predicted_s, seconds, choice.way, choice.offset_s)
         self._metrics.set("restore_prediction_error", watch.error() or 0.0)
 
     def write_back(self) -> None:

@@ -4,7 +4,7 @@ A split at layer k: the device encodes layers [0, k) of the absent tokens, while
 from k on only new tokens and candidates are encoded. k = 0 loads everything, k = L recomputes. Two queues:
 
     link    link_busy_s, load_s, then layers k.. group by group
-    device  batch_s, then layer by layer. Layer l < k: all rows. Layer l >= k: once its group is there, the unpacking
+    device  batch_s and the planning of its first rows, then layer by layer. Layer l < k: all rows. Layer l >= k: once its group is there, the unpacking
             of what came, then the new rows
 
 Unpacking takes the device's time as the layers do, so it does not matter that it may begin before they ask for it.
@@ -13,8 +13,8 @@ Unpacking takes the device's time as the layers do, so it does not matter that i
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -82,13 +82,15 @@ class Layout:
 class Choice:
     """The way of one batch. `first_layer`: the first that is loaded; the number of layers where nothing is.
 
-    `predicted_s`: from the decision to the end of the last layer. `by_way`: the same for each way that there is.
+    `predicted_s`: from the decision to the end of the last layer, of which `offset_s` are what batches of late took beyond
+    what was modelled. `by_way`: the prediction for each way that there is.
     """
 
     first_layer: int
     predicted_s: float
     way: str
     by_way: dict[str, float] = field(compare=False)
+    offset_s: float = 0.0
 
 
 def user_work(first: int, prefix: int, candidates: int, frozen: int = 0) -> Work:
@@ -97,11 +99,18 @@ def user_work(first: int, prefix: int, candidates: int, frozen: int = 0) -> Work
 
 
 def choose(
-    costs: Costs, layout: Layout, needs: Sequence[Need], others: Work, *, link_busy_s: float = 0.0, way: str = AUTO
+    costs: Costs,
+    layout: Layout,
+    needs: Sequence[Need],
+    others: Work,
+    *,
+    link_busy_s: float = 0.0,
+    way: str = AUTO,
+    offsets: Mapping[str, float] | None = None,
 ) -> Choice:
     """The way of a batch that is to restore `needs`, beside `others`: what every layer computes anyway.
 
-    `link_busy_s`: what the link has to bring before. `way`: "auto", the soonest, and recompute where that is as soon;
+    `link_busy_s`: what the link has to bring before. `offsets`: seconds to add to each way's model. `way`: "auto", the soonest, and recompute where that is as soon;
     else as named, but recompute where there is no such way: without needs, a split of a single layer. Where nothing is
     known of the link, the soonest is recompute, and what is said of a way that was named leaves the link's time out.
     Raises InvalidArgument for a `way` that is none.
@@ -109,17 +118,22 @@ def choose(
     if way not in WAYS:
         raise InvalidArgument(f"{way!r} is not one of {', '.join(WAYS)}", field="restore")
     layers = layout.layers
-    course = _Course(costs, layout, needs, others, link_busy_s)
-    recompute = Choice(layers, course.end_s(layers), RECOMPUTE, {})
+    course, added = _Course(costs, layout, needs, others, link_busy_s), offsets or {}
+
+    def choice(layer: int, name: str) -> Choice:
+        offset_s = added.get(name, 0.0)
+        return Choice(layer, course.end_s(layer) + offset_s, name, {}, offset_s)
+
+    recompute = choice(layers, RECOMPUTE)
     found = [recompute]
     if needs and (costs.link or way != AUTO):
         # The last of equals loads least.
-        splits = [Choice(layer, course.end_s(layer), SPLIT, {}) for layer in reversed(layout.splits or ())]
+        splits = [choice(layer, SPLIT) for layer in reversed(layout.splits or ())]
         found += [min(splits, key=_predicted)] if splits else []
-        found.append(Choice(0, course.end_s(0), LOAD, {}))
+        found.append(choice(0, LOAD))
     best = min(found, key=_predicted) if way == AUTO else next((each for each in found if each.way == way), recompute)
     by_way = {each.way: each.predicted_s for each in found}
-    return Choice(best.first_layer, best.predicted_s, best.way, by_way)
+    return replace(best, by_way=by_way)
 
 
 class _Course:
@@ -138,27 +152,32 @@ class _Course:
             pages += layout.pages(need)
         self._costs, self._layout, self._pages = costs, layout, pages
         self._link_from = link_busy_s + costs.load_s
+        self._new_rows, self._all_rows = rows, rows + absent_rows
         self._whole_s = costs.compute_s(rows + absent_rows, pairs + absent_pairs)
         unpack_s = costs.unpack_s * pages * layout.page_tokens
         self._loaded_s = costs.compute_s(rows, pairs) + unpack_s
         self._piece_s: dict[int, float] = {}  # layers of a group -> seconds in which the link brings it
+        self._ends = (*layout.groups[1:], layout.layers)
+        # Of what comes after each group: seconds from the device's being done with it, and from the link's, to the end.
+        self._after = [(0.0, 0.0)] * len(self._ends)
+        for group in range(len(self._ends) - 1, 0, -1):
+            self._after[group - 1] = self._rest_s(group, self._ends[group] - layout.groups[group])
 
     def end_s(self, first_layer: int) -> float:
         """When the last layer is done, if layers from `first_layer` on are loaded."""
-        done = self._costs.batch_s + first_layer * self._whole_s
-        arrived, loaded_s = self._link_from, self._loaded_s
-        for layers in self._groups(first_layer):
-            arrived += self._arrival_s(layers)
-            done = max(done, arrived) + layers * loaded_s
-        return done
+        first_rows = self._all_rows if first_layer else self._new_rows
+        encoded = self._costs.batch_s + first_rows * self._costs.plan_row_s + first_layer * self._whole_s
+        if first_layer == self._layout.layers:
+            return encoded
+        group = bisect_right(self._layout.groups, first_layer) - 1
+        device_s, link_s = self._rest_s(group, self._ends[group] - first_layer)
+        return max(encoded + device_s, self._link_from + link_s)
 
-    def _groups(self, first_layer: int) -> list[int]:
-        """Layers of each group that comes, the first of them cut short."""
-        groups, layers = self._layout.groups, self._layout.layers
-        if first_layer == layers:
-            return []
-        bounds = (first_layer, *groups[bisect_right(groups, first_layer) :], layers)
-        return [last - first for first, last in pairwise(bounds)]
+    def _rest_s(self, group: int, layers: int) -> tuple[float, float]:
+        """As `_after`, from before the last `layers` of `group` on. The later of the two ways decides the end."""
+        arrival_s, work_s = self._arrival_s(layers), layers * self._loaded_s
+        device_s, link_s = self._after[group]
+        return work_s + device_s, arrival_s + max(work_s + device_s, link_s)
 
     def _arrival_s(self, layers: int) -> float:
         if not self._costs.link:

@@ -18,8 +18,8 @@ class Costs:
     """Figures of one machine. All times are seconds, none is negative.
 
     `link`: (bytes of a piece, bytes a second at which pieces of that size come), sizes rising; empty where the host
-    brings nothing. `load_s`: latency of a load, whatever its size. `batch_s`: what a batch takes before the device's
-    first layer. A layer takes `layer_s + rows * row_s + pairs * pair_s`; `pairs` are the keys that its rows see, in
+    brings nothing. `load_s`: latency of a load, whatever its size. Before the device's first layer a batch takes
+    `batch_s + rows * plan_row_s`. A layer takes `layer_s + rows * row_s + pairs * pair_s`; `pairs` are the keys that its rows see, in
     all. `unpack_s`: of the device's time for a token and layer of what was loaded; 0 where states come as they are used.
 
     Raises InvalidArgument naming the field that is not so.
@@ -32,6 +32,7 @@ class Costs:
     row_s: float
     pair_s: float
     unpack_s: float
+    plan_row_s: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "link", _checked_link(self.link))

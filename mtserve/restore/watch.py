@@ -7,15 +7,18 @@ from collections import Counter, deque
 from statistics import median
 from typing import Any, NamedTuple
 
+WAYS = ("load", "split", "recompute")
 log = logging.getLogger(__name__)
 
 WINDOW = 256
+RECENT = 16  # batches of a way, from which it is learned what the model leaves out
 
 
 class _Sample(NamedTuple):
     predicted_s: float
     actual_s: float
     way: str
+    offset_s: float
 
     @property
     def error(self) -> float:
@@ -27,17 +30,32 @@ class PredictionWatch:
 
     def __init__(self, window: int = WINDOW) -> None:
         self._samples: deque[_Sample] = deque(maxlen=window)
+        self._beyond: dict[str, deque[float]] = {}  # by way: seconds that batches of late took beyond the model
+        self.offsets: dict[str, float] = {}
 
-    def note(self, predicted_s: float, actual_s: float, way: str) -> None:
-        """A batch took `actual_s`; one that took no time by the clock says nothing."""
+    def note(self, predicted_s: float, actual_s: float, way: str, offset_s: float = 0.0) -> None:
+        """A batch took `actual_s`; one that took no time by the clock says nothing. `offset_s`: part of the prediction
+        that was learned here before.
+        """
         if actual_s <= 0:
             return
-        sample = _Sample(predicted_s, actual_s, way)
+        sample = _Sample(predicted_s, actual_s, way, offset_s)
         self._samples.append(sample)
+        self._learn(sample)
         log.debug(
             "%s: predicted %.3f ms, took %.3f ms, off by %.0f%%",
             way, predicted_s * 1e3, actual_s * 1e3, sample.error * 100,
         )  # fmt: skip
+
+    def _learn(self, sample: _Sample) -> None:
+        """`offsets`: seconds to add to the model of each way; to ways not seen yet, what the others take in the median.
+
+        What batches take beside the layers is much the same whichever way their states come.
+        """
+        beyond = self._beyond.setdefault(sample.way, deque(maxlen=RECENT))
+        beyond.append(sample.actual_s - sample.predicted_s + sample.offset_s)
+        known = {way: median(values) for way, values in self._beyond.items()}
+        self.offsets = {**dict.fromkeys(WAYS, median(known.values())), **known}
 
     def error(self) -> float | None:
         """Median of |predicted - actual| / actual over the window; None where it is empty."""

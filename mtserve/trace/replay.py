@@ -108,6 +108,7 @@ def replay(
         verified,
         sum(misplaced(run, rows) for run in (cached, baseline) if run is not None),
         sum(_broken(run) for run in (cached, baseline) if run is not None),
+        engine.host_format,
     )
     return ReplayResult(
         trace, model, engine, config, working_set_bytes, facts["device"], facts["dtype"], cached, baseline, agreement
@@ -140,10 +141,11 @@ def size_tiers(rows: TraceRows, model: RankingModel, engine: EngineConfig) -> tu
     """(bytes of the working set's states, `engine` with shares of it turned into what each tier takes for them)."""
     dtype = resolve_dtype(engine.dtype, resolve_device(engine.device))
     states = page_shape(model.config, engine, dtype)
-    page_bytes = Footprint.of(states, packed_format(model.config, engine, states))
     pages = working_set_pages(
         rows.trace.user, rows.final_positions(), model.config, len(model.schema.user), engine.page_tokens
     )
+    any_host = replace(engine, host_cache=resolve_capacity(engine.host_cache, pages, 1, "host_cache"))
+    page_bytes = Footprint.of(states, packed_format(model.config, any_host, states))
     return pages * states.bytes, replace(
         engine,
         gpu_cache=resolve_capacity(engine.gpu_cache, pages, page_bytes.gpu, "gpu_cache"),

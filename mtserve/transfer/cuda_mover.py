@@ -33,6 +33,7 @@ from mtserve.transfer.mover import LOAD, STORE, Fault, Finished, Ints, Mover, ru
 
 MAX_GROUPS = 4  # of layers, in which a long load comes over an idle link
 GROUPED_PIECE_BYTES = 2 << 20  # the least strided piece that keeps the link's rate
+SPLIT_GROUP_BYTES = 32 << 20  # 0.6 ms of the link; to queue and to wait for a group takes a tenth of a millisecond
 STRIDED_PAGES = 4  # of a run, in the mean, from which on a strided copy is worth a call of its own
 GROUPED_LOAD_BYTES = 8 << 20  # a shorter load is over so soon that groups of it bring nothing
 SUBMISSION_BYTES = 64 << 20  # shorter copies share calls and an event up to here: 1.2 ms of the link
@@ -145,7 +146,8 @@ class CudaMover(Mover):
         jobs = [_Job(load.ticket, load, self._injected(LOAD)) for load in loads]
         layers = self._layers - first_layer
         size = sum(map(self._size, jobs)) * layers // self._layers
-        firsts = (first_layer, *(first for first in self._groups if first > first_layer))
+        groups = self.split_groups(sum(len(load.gpu_pages) for load in loads))
+        firsts = (first_layer, *(first for first in groups if first > first_layer))
         self._begin(LOAD, _Submission(jobs, size, firsts=firsts))
         return self.arrivals([load.ticket for load in loads])
 
@@ -247,8 +249,7 @@ class CudaMover(Mover):
         """Queue layers [first, last) of runs of pages: a strided copy each, or, of short runs, pages of a batch."""
         offset, width = first * self._layer_bytes, (last - first) * self._layer_bytes
         if len(counts) and counts.mean() >= STRIDED_PAGES:
-            for target, source, count in zip(inside.tolist(), outside.tolist(), counts.tolist(), strict=True):
-                copy_strided(target + offset, source + offset, width, count, self._page_bytes, stream)
+            copy_strided(inside + offset, outside + offset, counts, width, self._page_bytes, stream)
         elif len(counts):
             in_run = np.concatenate([np.arange(count) for count in counts.tolist()]) * self._page_bytes + offset
             target, source = np.repeat(inside, counts) + in_run, np.repeat(outside, counts) + in_run
@@ -331,6 +332,9 @@ class CudaMover(Mover):
 
     def load_s(self, size: int) -> float:
         return size / LINK_BYTES_PER_S
+
+    def split_groups(self, pages: int) -> tuple[int, ...]:
+        return layer_groups(self._layers, max(1, min(MAX_GROUPS, pages * self._page_bytes // SPLIT_GROUP_BYTES)))
 
     def piece_pages(self, loads: Sequence[Copy]) -> float:
         gpu_pages, host_pages = (

@@ -107,6 +107,10 @@ class Mover(ABC):
     def load_s(self, size: int) -> float:
         """Seconds in which loads of `size` bytes are expected to be over."""
 
+    def split_groups(self, pages: int) -> tuple[int, ...]:
+        """First layer of each group in which split loads of so many pages come, those from layer 0 on."""
+        return (0,)
+
     def piece_pages(self, loads: Sequence[Copy]) -> float:
         """Neighbouring pages that one copy of a split load would take, in the mean; 1 or more."""
         return 1.0

@@ -57,6 +57,9 @@ class SlowMover(Mover):
     def load_s(self, size: int) -> float:
         return self._inner.load_s(size)
 
+    def split_groups(self, pages: int) -> tuple[int, ...]:
+        return self._inner.split_groups(pages)
+
     def piece_pages(self, loads: Sequence[Copy]) -> float:
         return self._inner.piece_pages(loads)
 

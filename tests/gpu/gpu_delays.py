@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mtserve.cache.index import Copy
+from mtserve.kernels.cuda.driver import Addresses
 from mtserve.transfer import cuda_mover
 from mtserve.transfer.cuda_mover import CudaMover
 from mtserve.transfer.mover import LOAD
@@ -19,6 +20,7 @@ def group_all_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the shortest load come by groups of layers, which saves large ones."""
     monkeypatch.setattr(cuda_mover, "GROUPED_LOAD_BYTES", 1)
     monkeypatch.setattr(cuda_mover, "GROUPED_PIECE_BYTES", 1)
+    monkeypatch.setattr(cuda_mover, "STRIDED_PAGES", 1)
 
 
 def delay_stream(stream: torch.cuda.Stream, cycles: int) -> None:
@@ -44,13 +46,13 @@ def delay_groups(monkeypatch: pytest.MonkeyPatch, mover: CudaMover, cycles: Call
     real, base, page_bytes = cuda_mover.copy_strided, mover.pool.data_ptr(), mover.pool[:1].nbytes
     load, group, begun = -1, 0, -1
 
-    def late(to: int, source: int, width: int, rows: int, pitch: int, stream: int) -> None:
+    def late(to: Addresses, source: Addresses, rows: Addresses, width: int, pitch: int, stream: int) -> None:
         nonlocal load, group, begun
-        layer_offset = (to - base) % page_bytes
+        layer_offset = int(to[0] - base) % page_bytes
         if layer_offset != begun:  # the first piece of its group
             load, group = (load + 1, 0) if layer_offset == 0 else (load, group + 1)
             begun = layer_offset
             delay_stream(mover._lanes[LOAD].stream, cycles(load, group))
-        real(to, source, width, rows, pitch, stream)
+        real(to, source, rows, width, pitch, stream)
 
     monkeypatch.setattr(cuda_mover, "copy_strided", late)

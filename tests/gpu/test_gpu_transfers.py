@@ -399,8 +399,8 @@ def test_a_load_that_fails_between_its_groups_is_never_near(make_link: Make, mon
     link = make_link()
     real, base, page_bytes = cuda_mover.copy_strided, link.pool.data_ptr(), LARGE.bytes
 
-    def third_refused(to: int, *rest: int) -> None:
-        if (to - base) % page_bytes == page_bytes // 2:
+    def third_refused(to: Any, *rest: Any) -> None:
+        if int(to[0] - base) % page_bytes == page_bytes // 2:
             raise CudaError("error 1: invalid argument", field="cuMemcpy2DAsync_v2")
         real(to, *rest)
 
@@ -472,10 +472,10 @@ def test_no_copy_crosses_the_end_of_a_chunk(make_link: Make, monkeypatch: pytest
         spans.extend(zip((source if kind == LOAD else to).tolist(), sizes.tolist(), strict=True))
         batch(to, source, sizes, stream)
 
-    def noted_strided(to: int, source: int, width: int, rows: int, pitch: int, stream: int) -> None:
+    def noted_strided(to: Any, source: Any, rows: Any, width: int, pitch: int, stream: int) -> None:
         calls.append("strided")
-        spans.append((source, (rows - 1) * pitch + width))
-        strided(to, source, width, rows, pitch, stream)
+        spans.extend(zip(source.tolist(), ((rows - 1) * pitch + width).tolist(), strict=True))
+        strided(to, source, rows, width, pitch, stream)
 
     monkeypatch.setattr(cuda_mover, "copy_batch", noted_batch)
     monkeypatch.setattr(cuda_mover, "copy_strided", noted_strided)

@@ -20,7 +20,7 @@ from mtserve.errors import InvalidArgument
 from mtserve.model.ranking import RankingModel
 from mtserve.model.schema import Feature, FeatureSchema
 from mtserve.model.weights import initialise
-from mtserve.trace.agreement import Difference, Verification, difference, judge, misplaced
+from mtserve.trace.agreement import FORMAT_ERRORS, Difference, Verification, difference, judge, misplaced
 from mtserve.trace.features import CATEGORIES, TraceRows
 from mtserve.trace.replay import ReplayResult, replay, size_tiers
 from mtserve.trace.replay_config import ReplayConfig
@@ -237,6 +237,23 @@ def test_shorter_types_may_be_a_fifth_further_from_fp32() -> None:
 
     assert verdict(1.19e-3, 1e-3)
     assert not verdict(1.21e-3, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_lossy_host_format_may_add_its_error(dtype: str) -> None:
+    def verdict(cached: float, host_format: str, uncached: float | None = 1e-3) -> bool:
+        without = None if uncached is None else Difference(3, relative_l2=uncached)
+        pair = Verification(3, 0, 10, Difference(3, relative_l2=cached), without)
+        return judge(dtype, Difference(3, max_score=0.01), pair, 0, 0, host_format).holds
+
+    for host_format, added in FORMAT_ERRORS.items():
+        if host_format != "kv":
+            assert verdict(1.2e-3 + 0.99 * added, host_format)
+            assert not verdict(1.2e-3 + 1.01 * added, host_format)
+            assert not verdict(float("nan"), host_format)
+            assert verdict(1.01 * added, host_format, None) == (
+                dtype == "bfloat16"
+            )  # without a baseline nothing is known
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -142,7 +142,13 @@ class FakeDriver:
         if refused:
             raise CudaError("error 999: unknown error", field="cuMemcpyBatchAsync")
 
-    def copy_strided(self, to: int, source: int, width: int, rows: int, pitch: int, stream: int) -> None:
+    def copy_strided(
+        self, to: Addresses, source: Addresses, rows: Addresses, width: int, pitch: int, stream: int
+    ) -> None:
+        for piece in zip(to.tolist(), source.tolist(), rows.tolist(), strict=True):
+            self._copy_rows(*piece, width, pitch, stream)
+
+    def _copy_rows(self, to: int, source: int, rows: int, width: int, pitch: int, stream: int) -> None:
         self._check(to, source, (rows - 1) * pitch + width)
         if self.refuses():
             raise CudaError("error 999: unknown error", field="cuMemcpy2DAsync_v2")

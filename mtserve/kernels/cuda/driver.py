@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mtserve import _core
 from mtserve.errors import FailedPrecondition
 
 TENSOR_MAP_BYTES = 128
@@ -28,7 +30,6 @@ _EVENT_DISABLE_TIMING = 2
 _REGISTER_PORTABLE = 1  # pinned for every context, not the current one alone
 _EVENT_WAIT_EXTERNAL = 1
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
-_UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED
 _STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 _MAX_BATCH = 1024  # copies a call: far above what it takes to hide the call, below where drivers slow down
 
@@ -43,29 +44,6 @@ class _Attribute(ctypes.Structure):
     """Mirrors CUlaunchAttribute: an id, padded to 8 bytes, and a union of 64, of which our one reads an int."""
 
     _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
-
-
-class _Copy2D(ctypes.Structure):
-    """Mirrors CUDA_MEMCPY2D."""
-
-    _fields_ = [
-        ("source_x", ctypes.c_size_t),
-        ("source_y", ctypes.c_size_t),
-        ("source_type", ctypes.c_int),
-        ("source_host", ctypes.c_void_p),
-        ("source_device", ctypes.c_uint64),
-        ("source_array", ctypes.c_void_p),
-        ("source_pitch", ctypes.c_size_t),
-        ("to_x", ctypes.c_size_t),
-        ("to_y", ctypes.c_size_t),
-        ("to_type", ctypes.c_int),
-        ("to_host", ctypes.c_void_p),
-        ("to_device", ctypes.c_uint64),
-        ("to_array", ctypes.c_void_p),
-        ("to_pitch", ctypes.c_size_t),
-        ("width", ctypes.c_size_t),
-        ("height", ctypes.c_size_t),
-    ]
 
 
 class _CopyAttributes(ctypes.Structure):
@@ -98,6 +76,12 @@ def _library(*, keeps_lock: bool = False) -> ctypes.CDLL:
 @cache
 def _function(name: str, keeps_lock: bool) -> Any:
     return getattr(_library(keeps_lock=keeps_lock), name)
+
+
+@cache
+def _address(name: str) -> int:
+    """Of a function of the driver, for callers in C++."""
+    return ctypes.cast(_function(name, True), ctypes.c_void_p).value or 0
 
 
 def _check(name: str, code: int) -> None:
@@ -133,13 +117,13 @@ def unregister_host(address: int) -> None:
     _call("cuMemHostUnregister", ctypes.c_void_p(address))
 
 
-def copy_strided(to: int, source: int, width: int, rows: int, pitch: int, stream: int) -> None:
-    """Queue a copy of `rows` rows of `width` bytes, `pitch` bytes apart at both of the addresses `to` and `source`."""
-    shape = _Copy2D(
-        source_type=_UNIFIED, source_device=source, source_pitch=pitch,
-        to_type=_UNIFIED, to_device=to, to_pitch=pitch, width=width, height=rows,
-    )  # fmt: skip
-    _queue("cuMemcpy2DAsync_v2", ctypes.byref(shape), ctypes.c_void_p(stream))
+def copy_strided(to: Addresses, source: Addresses, rows: Addresses, width: int, pitch: int, stream: int) -> None:
+    """Queue many copies: rows[i] rows of `width` bytes, `pitch` bytes apart at both of the addresses to[i] and source[i].
+
+    int64 [n] each. Where it raises CudaError, some may have been queued.
+    """
+    name = "cuMemcpy2DAsync_v2"
+    _check(name, _core._copy_strided(_address(name), to, source, rows, width, pitch, stream))
 
 
 def copy_batch(to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:
@@ -264,19 +248,36 @@ class Function:
         self._handle = handle
         self._shared_bytes = shared_bytes
 
+    def prepare(self, threads: int, *parameters: Any) -> Launch:
+        """For launches again and again with these `parameters`, ctypes values that the caller changes in between."""
+        return Launch(self._handle, self._shared_bytes, threads, parameters)
+
     def launch(self, grid: int, threads: int, *parameters: Any, stream: int | None = None) -> None:
-        """Launch on `stream`, None: torch's current one. `parameters` are ctypes values, copied before this returns.
+        """Launch once; as in Launch.run."""
+        self.prepare(threads, *parameters).run(grid, stream)
+
+
+class Launch:
+    """A kernel with its parameters, of which each launch takes the present values."""
+
+    def __init__(self, handle: ctypes.c_void_p, shared_bytes: int, threads: int, parameters: Sequence[Any]) -> None:
+        self._parameters = parameters
+        addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(each) for each in parameters))
+        self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+        self._config = _LaunchConfig(
+            (1, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), 1
+        )  # fmt: skip
+        self._arguments = (ctypes.byref(self._config), handle, addresses, None)
+
+    def run(self, grid: int, stream: int | None = None) -> None:
+        """Launch `grid` blocks on `stream`, None: torch's current one. Parameters are copied before this returns.
 
         The kernel may start before those ahead of it on the stream have ended (programmatic dependent launch), so
         it must execute griddepcontrol.wait before it reads or writes what they may write or read.
         """
-        addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(each) for each in parameters))
-        attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-        config = _LaunchConfig(
-            (grid, 1, 1), (threads, 1, 1), self._shared_bytes,
-            torch.cuda.current_stream().cuda_stream if stream is None else stream, ctypes.pointer(attribute), 1,
-        )  # fmt: skip
-        _queue("cuLaunchKernelEx", ctypes.byref(config), self._handle, addresses, None)
+        self._config.grid[0] = grid
+        self._config.stream = torch.cuda.current_stream().cuda_stream if stream is None else stream
+        _queue("cuLaunchKernelEx", *self._arguments)
 
 
 def tensor_map(pointer: int, dtype: torch.dtype, shape: tuple[int, int], box: tuple[int, int]) -> Any:
