@@ -139,16 +139,42 @@ class _BatchLayout:
 def _find_runs(left: npt.NDArray[np.int32], right: npt.NDArray[np.int32], boundary: int) -> bytes:
     """int64 [3, runs]: left firsts, right firsts, counts."""
 
-def _copy_strided(
-    function: int,
-    to: npt.NDArray[np.int64],
-    source: npt.NDArray[np.int64],
-    rows: npt.NDArray[np.int64],
-    width: int,
-    pitch: int,
-    stream: int,
-) -> int:
-    """Calls the driver's cuMemcpy2DAsync_v2 at the address `function` for each; its first result that is not 0, else 0."""
+class _DriverQueue:
+    """Calls of the CUDA driver made by a thread of its own; see mtserve/kernels/cuda/queue.py."""
+
+    def __init__(
+        self,
+        set_context: int,
+        copy: int,
+        copy_batch: int,
+        copy_2d: int,
+        record: int,
+        wait_event: int,
+        launch: int,
+        batch_reports_failed: bool,
+        context: int,
+    ) -> None: ...
+    def copy_batch(
+        self, to: npt.NDArray[np.int64], source: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], stream: int
+    ) -> None: ...
+    def copy_strided(
+        self,
+        to: npt.NDArray[np.int64],
+        source: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+        width: int,
+        pitch: int,
+        stream: int,
+    ) -> None: ...
+    def record(self, event: int, stream: int) -> None: ...
+    def hold_back(self, stream: int, event: int) -> None: ...
+    def launch(
+        self, function: int, grid: int, threads: int, shared_bytes: int, stream: int, parameters: list[bytes]
+    ) -> None: ...
+    def submit(self) -> int: ...
+    def over(self, ticket: int) -> bool: ...
+    def wait(self, ticket: int) -> None: ...
+    def take_failure(self, ticket: int) -> tuple[str, int] | None: ...
 
 class HostMemory:
     """One mapping of host memory, all zero, that takes no memory before its pages are populated or written.

@@ -190,7 +190,5 @@ def _held(result: ReplayResult) -> str:
     if agreement.tolerance is None and agreement.verified.requests and agreement.verified.uncached:
         added = FORMAT_ERRORS[result.engine.host_format]
         beyond = f" and {added:g} for {result.engine.host_format}" if added else ""
-        return (
-            f"[bold green]scores agree[/]: no further from fp32 than {REFERENCE_RATIO:g} times the uncached ones{beyond}"
-        )
+        return f"[bold green]scores agree[/]: no further from fp32 than {REFERENCE_RATIO:g} times the uncached ones{beyond}"
     return "[bold yellow]scores were not compared[/] with anything that this type's rule needs"

@@ -45,6 +45,7 @@ class Gates:
     def open_at(self, arrivals: Arrivals, stream: int) -> None:
         """Have the graph launched next on `stream` wait for `arrivals`, group by group."""
         assert isinstance(arrivals, LayerArrivals)
+        arrivals.queued()
         self._began.record(stream)
         own = self._stream.cuda_stream
         for arrived, (first, came) in zip(arrivals.events, self._came.items(), strict=True):

@@ -115,14 +115,12 @@ class GraphRunner:
 
         At most one other may be under way.
         """
-        stream = self._enter()
-        gates = None
+        stream, first, gates = self._enter(), 0 if early is None else early.layers, None
+        key = self._stage(self._metadata, plan, stream, gated=arrivals is not None, first=first, last=self._layers)
         if arrivals is not None:
             self._gates.reverse()
             gates = self._gates[0]
             gates.open_at(arrivals, stream)
-        first = 0 if early is None else early.layers
-        key = self._stage(self._metadata, plan, stream, gated=gates is not None, first=first, last=self._layers)
         self._launch(key, stream)
         self._answers.reverse()
         pinned, done = self._answers[0]

@@ -70,7 +70,7 @@ class Onload:
 
     def restorable(self, job: Job) -> int | None:
         """Prefix tokens of `job` on the device, where the host has more and nothing is on its way; None for others."""
-        if not self._near(job) or job.prefetch or job.loads >= MAX_LOADS or job.future.cancelled():
+        if not self._near(job) or job.prefetch or job.future.cancelled():
             return None
         present = self._presence(job)
         if present.loading or present.in_batch or present.host_tokens <= present.gpu_tokens:

@@ -21,14 +21,8 @@ import torch
 
 from mtserve.cache.index import Copy, PageIds
 from mtserve.errors import TransferFailed
-from mtserve.kernels.cuda.driver import (
-    CudaError,
-    Event,
-    copy_batch,
-    copy_strided,
-    current_context,
-    use_context,
-)
+from mtserve.kernels.cuda.driver import CudaError, Event, current_context, use_context
+from mtserve.kernels.cuda.queue import DriverQueue
 from mtserve.transfer.mover import LOAD, STORE, Fault, Finished, Ints, Mover, runs
 
 MAX_GROUPS = 4  # of layers, in which a long load comes over an idle link
@@ -57,8 +51,8 @@ class _Job:
 class _Submission:
     """Jobs that end together: on the last of `events`, one for each group of layers, in the order of the stream.
 
-    `firsts`: the first layer of each group. Without events the driver does not have them yet. `spent`: other events, to
-    be used again with these. `announced` passes when so little of a load is left that a batch
+    `firsts`: the first layer of each group. `ticket`: of the calls that queue them, before whose end the events mean nothing; 0
+    once they have ended. `spent`: other events, to be used again with these. `announced` passes when so little of a load is left that a batch
     should start over it; None where all of it is little.
     """
 
@@ -66,17 +60,28 @@ class _Submission:
     size: int
     events: list[Event] = field(default_factory=list)
     firsts: tuple[int, ...] = (0,)
+    ticket: int = 0
     spent: list[Event] = field(default_factory=list)
     announced: Event | None = None
 
 
 @dataclass(frozen=True)
 class LayerArrivals:
-    """`events[g]` passes when all pages' layers of the g-th group are there, and those of earlier groups."""
+    """`events[g]` passes when all pages' layers of the g-th group are there, and those of earlier groups.
+
+    Before they are looked at or waited for on the device, `queued` must have returned.
+    """
 
     events: list[Event]
+    queue: DriverQueue
+    ticket: int
+
+    def queued(self) -> None:
+        """Block until the driver has all of it."""
+        self.queue.wait(self.ticket)
 
     def wait(self) -> None:
+        self.queued()
         self.events[-1].synchronize()
 
 
@@ -99,10 +104,11 @@ def _fail(jobs: Sequence[_Job], kind: str, failure: CudaError) -> None:
 
 
 class _Lane:
-    """One direction: its stream, what the driver has of it, and what waits behind that."""
+    """One direction: its stream, who feeds it, what the driver has of it, and what waits behind that."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, context: int) -> None:
         self.stream = torch.cuda.Stream(device)
+        self.queue = DriverQueue(context)
         self.under_way: deque[_Submission] = deque()
         self.waiting: deque[_Submission] = deque()
         self.queued_bytes = 0
@@ -123,13 +129,13 @@ class CudaMover(Mover):
         self, pool: torch.Tensor, arena: torch.Tensor, fault: Fault | None = None, *, chunk_pages: int = 0
     ) -> None:
         super().__init__(pool, arena, fault, chunk_pages=chunk_pages)
-        self._lanes = {kind: _Lane(pool.device) for kind in (LOAD, STORE)}
+        self._context = current_context()
+        self._lanes = {kind: _Lane(pool.device, self._context) for kind in (LOAD, STORE)}
         self._poisoning = torch.cuda.Stream(pool.device)
         self._unpacking = torch.cuda.Stream(pool.device, priority=-1)  # a batch waits for it, or soon will
         self._loads: dict[int, _Submission] = {}  # by ticket, those that the driver has
         self._finished: list[Finished] = []
         self._free_events: list[Event] = []
-        self._context = current_context()
         self._page_bytes = pool[:1].nbytes
         self._layers = pool.shape[1]
         self._layer_bytes = self._page_bytes // self._layers
@@ -190,36 +196,35 @@ class CudaMover(Mover):
             self._copy_whole(kind, submission)
         else:
             self._load_by_groups(submission)
+        submission.ticket = lane.queue.submit()
         lane.under_way.append(submission)
         lane.queued_bytes += submission.size
         if kind == LOAD:
             self._loads.update((job.ticket, submission) for job in submission.jobs)
 
     def _copy_whole(self, kind: str, submission: _Submission) -> None:
-        """Queue all layers of the jobs' pages; those that are to fail, or do, learn it here."""
-        stream = self._lanes[kind].stream.cuda_stream
+        """Queue all layers of the jobs' pages, but those of jobs that are to fail."""
+        lane = self._lanes[kind]
         good = [job for job in submission.jobs if job.error is None]
         gpu_pages, host_pages = _pages(good)
         if good:
             cut = 0
             if kind == LOAD and submission.size >= 2 * ANNOUNCED_BYTES:
                 cut = len(gpu_pages) - ANNOUNCED_BYTES // self._page_bytes
-            try:
-                if cut > 0:
-                    self._copy_pages(kind, gpu_pages[:cut], host_pages[:cut])
-                    submission.announced = self._mark(stream)
-                self._copy_pages(kind, gpu_pages[max(0, cut) :], host_pages[max(0, cut) :])
-            except CudaError as failure:
-                _fail(good, kind, failure)
+            if cut > 0:
+                self._copy_pages(kind, gpu_pages[:cut], host_pages[:cut])
+                submission.announced = self._mark(lane, lane.stream)
+            self._copy_pages(kind, gpu_pages[max(0, cut) :], host_pages[max(0, cut) :])
         if kind == LOAD:
-            submission.events.append(self._arrival(submission, good, gpu_pages, 0, self._layers))
+            submission.events.append(self._arrival(submission, gpu_pages, 0, self._layers))
         else:
-            submission.events.append(self._mark(stream))
+            submission.events.append(self._mark(lane, lane.stream))
 
     def _copy_pages(self, kind: str, gpu_pages: PageIds, host_pages: PageIds) -> None:
         inside, outside, counts = self._addresses(gpu_pages, host_pages)
         target, source = (inside, outside) if kind == LOAD else (outside, inside)
-        copy_batch(target, source, counts * self._page_bytes, self._lanes[kind].stream.cuda_stream)
+        lane = self._lanes[kind]
+        lane.queue.copy_batch(target, source, counts * self._page_bytes, lane.stream.cuda_stream)
 
     def _groups_of(self, submission: _Submission) -> tuple[int, ...]:
         """The first layers of the groups in which a load comes: one alone, whose pages lie in runs long enough."""
@@ -233,43 +238,45 @@ class CudaMover(Mover):
 
     def _load_by_groups(self, submission: _Submission) -> None:
         """Queue loads whose layers come group by group, those of all jobs together."""
-        stream = self._lanes[LOAD].stream.cuda_stream
-        good = [job for job in submission.jobs if job.error is None]
-        gpu_pages, host_pages = _pages(good)
+        gpu_pages, host_pages = _pages([job for job in submission.jobs if job.error is None])
         pieces = self._addresses(gpu_pages, host_pages)
         for first, last in pairwise((*submission.firsts, self._layers)):
-            try:
-                self._copy_layers(*pieces, first, last, stream)
-            except CudaError as failure:
-                _fail(good, LOAD, failure)
-            submission.events.append(self._arrival(submission, good, gpu_pages, first, last))
+            self._copy_layers(*pieces, first, last)
+            submission.events.append(self._arrival(submission, gpu_pages, first, last))
         submission.announced = submission.events[(len(submission.events) - 1) // 2]
 
-    def _copy_layers(self, inside: Ints, outside: Ints, counts: Ints, first: int, last: int, stream: int) -> None:
+    def _copy_layers(self, inside: Ints, outside: Ints, counts: Ints, first: int, last: int) -> None:
         """Queue layers [first, last) of runs of pages: a strided copy each, or, of short runs, pages of a batch."""
+        lane = self._lanes[LOAD]
+        queue, stream = lane.queue, lane.stream.cuda_stream
         offset, width = first * self._layer_bytes, (last - first) * self._layer_bytes
         if len(counts) and counts.mean() >= STRIDED_PAGES:
-            copy_strided(inside + offset, outside + offset, counts, width, self._page_bytes, stream)
+            queue.copy_strided(inside + offset, outside + offset, counts, width, self._page_bytes, stream)
         elif len(counts):
             in_run = np.concatenate([np.arange(count) for count in counts.tolist()]) * self._page_bytes + offset
             target, source = np.repeat(inside, counts) + in_run, np.repeat(outside, counts) + in_run
-            copy_batch(target, source, np.full(len(target), width, dtype=np.int64), stream)
+            queue.copy_batch(target, source, np.full(len(target), width, dtype=np.int64), stream)
 
-    def _arrival(
-        self, submission: _Submission, good: Sequence[_Job], gpu_pages: PageIds, first: int, last: int
-    ) -> Event:
-        """What passes when layers [first, last) of a load that is queued are there, their states included."""
-        copied = self._mark(self._lanes[LOAD].stream.cuda_stream)
-        if self.unpacker is None or not good:
+    def _arrival(self, submission: _Submission, gpu_pages: PageIds, first: int, last: int) -> Event:
+        """What passes when layers [first, last) of a load that is being queued are there, their states included."""
+        lane, unpacker = self._lanes[LOAD], self.unpacker
+        copied = self._mark(lane, lane.stream)
+        if unpacker is None or not len(gpu_pages):
             return copied
         submission.spent.append(copied)
         stream = self._unpacking.cuda_stream
-        copied.hold_back(stream)
-        try:
-            self.unpacker.unpack(gpu_pages, first, last, stream)
-        except CudaError as failure:
-            _fail(good, LOAD, failure)
-        return self._mark(stream)
+        lane.queue.hold_back(stream, copied)
+        if unpacker.queues:
+            unpacker.unpack(gpu_pages, first, last, stream, lane.queue)
+        else:
+            submission.ticket = lane.queue.submit()
+            lane.queue.wait(submission.ticket)
+            self._settled(LOAD, submission)
+            try:
+                unpacker.unpack(gpu_pages, first, last, stream)
+            except CudaError as failure:
+                _fail([job for job in submission.jobs if job.error is None], LOAD, failure)
+        return self._mark(lane, self._unpacking)
 
     def _addresses(self, gpu_pages: PageIds, host_pages: PageIds) -> tuple[Ints, Ints, Ints]:
         """Each run's address in the pool, in the arena, and its pages."""
@@ -285,10 +292,20 @@ class CudaMover(Mover):
         for stream in (torch.cuda.current_stream(self.pool.device), self._unpacking, *lanes):
             stream.wait_stream(self._poisoning)
 
-    def _mark(self, stream: int) -> Event:
+    def _mark(self, lane: _Lane, stream: torch.cuda.Stream) -> Event:
         event = self._free_events.pop() if self._free_events else Event()
-        event.record(stream)
+        lane.queue.record(event, stream.cuda_stream)
         return event
+
+    def _settled(self, kind: str, submission: _Submission) -> bool:
+        """Whether the driver has all of a submission, and its jobs know if it took it."""
+        queue = self._lanes[kind].queue
+        if submission.ticket and queue.over(submission.ticket):
+            failure = queue.take_error(submission.ticket)
+            if failure is not None:
+                _fail([job for job in submission.jobs if job.error is None], kind, failure)
+            submission.ticket = 0
+        return submission.ticket == 0
 
     def poll(self) -> list[Finished]:
         use_context(self._context)
@@ -300,7 +317,7 @@ class CudaMover(Mover):
     def _retire(self) -> None:
         """Note what has ended; its events are used again."""
         for kind, lane in self._lanes.items():
-            while lane.under_way and lane.under_way[0].events[-1].passed():
+            while lane.under_way and self._settled(kind, lane.under_way[0]) and lane.under_way[0].events[-1].passed():
                 submission = lane.under_way.popleft()
                 lane.queued_bytes -= submission.size
                 self._free_events += submission.events + submission.spent
@@ -320,7 +337,7 @@ class CudaMover(Mover):
         while True:
             self._retire()
             self._feed()
-            first = [lane.under_way[0].events[-1] for lane in self._lanes.values() if lane.under_way]
+            first = [(lane.queue, lane.under_way[0]) for lane in self._lanes.values() if lane.under_way]
             if not first:
                 return True
             if time.monotonic() > end:
@@ -328,7 +345,9 @@ class CudaMover(Mover):
             if timeout_s < math.inf:
                 time.sleep(WAIT_S)
             else:
-                first[0].synchronize()
+                queue, submission = first[0]
+                queue.wait(submission.ticket)
+                submission.events[-1].synchronize()
 
     def load_s(self, size: int) -> float:
         return size / LINK_BYTES_PER_S
@@ -347,6 +366,8 @@ class CudaMover(Mover):
         submission = self._loads.get(ticket)
         if submission is None or submission is not self._lanes[LOAD].under_way[0] or submission.announced is None:
             return False
+        if not self._settled(LOAD, submission):
+            return False
         good = all(job.error is None for job in submission.jobs if job.ticket == ticket)
         return good and submission.announced.passed()
 
@@ -354,7 +375,6 @@ class CudaMover(Mover):
         submissions = [self._loads[ticket] for ticket in tickets]
         last = max(submissions, key=self._lanes[LOAD].under_way.index)  # the stream's earlier ones come before it
         ends = (*self._groups[1:], self._layers)
-        pieces = [
-            max(0, bisect_left(last.firsts, end) - 1) for end in ends
-        ]  # the last that begins before a group's end
-        return LayerArrivals([last.events[piece] for piece in pieces])
+        # Of each group the last piece that begins before its end.
+        pieces = [max(0, bisect_left(last.firsts, end) - 1) for end in ends]
+        return LayerArrivals([last.events[piece] for piece in pieces], self._lanes[LOAD].queue, last.ticket)

@@ -18,6 +18,7 @@ import torch
 from mtserve import _core
 from mtserve.cache.index import Copy, PageIds
 from mtserve.errors import TransferFailed
+from mtserve.kernels.cuda.queue import DriverQueue
 from mtserve.transfer.pool import poison_of
 
 LOAD, STORE = "load", "store"
@@ -51,8 +52,13 @@ class Unpacker(Protocol):
     states: torch.Tensor
     """The device's states, [pages, layers, ...]: the same pages as those of the mover's pool."""
 
-    def unpack(self, pages: PageIds, first: int, last: int, stream: int) -> None:
-        """Queue, on the raw `stream` of CUDA or on the CPU at once, the states of layers [first, last) of `pages`."""
+    queues: bool
+    """Whether it can add its launches to a queue."""
+
+    def unpack(self, pages: PageIds, first: int, last: int, stream: int, queue: DriverQueue | None = None) -> None:
+        """Make the states of layers [first, last) of `pages`: on the raw `stream` of CUDA, by way of `queue` where there
+        is one; on the CPU at once.
+        """
         ...
 
 

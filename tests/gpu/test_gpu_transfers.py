@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from gpu_delays import MS, delay_groups, delay_stream, group_all_loads
+from gpu_delays import MS, delay_groups, delay_stream, group_all_loads, in_step
 
 from mtserve.cache.index import Copy
 from mtserve.engine.gates import Gates, LayerWaits
@@ -54,6 +54,7 @@ class Link:
         assert arena_pages > self.host.chunk_pages
         self.pool = allocate_pool(shape, pool_pages, DEVICE, poison=True)
         self.mover = CudaMover(self.pool, self.host.tensor, fault, chunk_pages=self.host.chunk_pages)
+        in_step(self.mover)
 
     @property
     def totals(self) -> tuple[int, int]:
@@ -380,13 +381,10 @@ def test_a_load_that_fails_leaves_its_pages_and_the_others_alone(make_link: Make
 def test_a_copy_that_the_driver_refuses_is_told_and_the_next_one_works(
     make_link: Make, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    def refused(*arguments: Any) -> None:
-        raise CudaError("error 1: invalid argument", field="cuMemcpyBatchAsync")
-
     link = make_link()
     copies = [_copy(1, [3, 4, 9], [5, 6, 7]), _copy(2, [1], [1])]
     with monkeypatch.context() as patched:
-        patched.setattr(cuda_mover, "copy_batch", refused)
+        _refuse(patched, link, kind, "copy_batch", "cuMemcpyBatchAsync")
         link.mover.submit(kind, copies)
         finished = _end(link)
     assert [each.ticket for each in finished] == [1, 2]
@@ -397,23 +395,36 @@ def test_a_copy_that_the_driver_refuses_is_told_and_the_next_one_works(
 
 def test_a_load_that_fails_between_its_groups_is_never_near(make_link: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     link = make_link()
-    real, base, page_bytes = cuda_mover.copy_strided, link.pool.data_ptr(), LARGE.bytes
-
-    def third_refused(to: Any, *rest: Any) -> None:
-        if int(to[0] - base) % page_bytes == page_bytes // 2:
-            raise CudaError("error 1: invalid argument", field="cuMemcpy2DAsync_v2")
-        real(to, *rest)
-
     copies = [_copy(1, np.arange(32), np.arange(32))]
     with monkeypatch.context() as patched:
-        patched.setattr(cuda_mover, "copy_strided", third_refused)
+        _refuse(patched, link, LOAD, "copy_strided", "cuMemcpy2DAsync_v2", calls=2)
         link.mover.submit(LOAD, copies)
-    assert len(link.mover._loads[1].events) == 4
-    link.mover._loads[1].events[-1].synchronize()
-    assert not link.mover.near(1)
+        assert len(link.mover._loads[1].events) == 4
+        link.mover._loads[1].events[-1].synchronize()
+        assert not link.mover.near(1)
     (finished,) = _end(link)
     assert "load of 32 pages: cuMemcpy2DAsync_v2: error 1" in str(finished.error)
     _assert_exact(link, LOAD, copies)
+
+
+def _refuse(patched: pytest.MonkeyPatch, link: Link, kind: str, call: str, name: str, calls: int = 0) -> None:
+    """The driver makes so many calls, then refuses one and is asked for no more; it says so once."""
+    queue = link.mover._lanes[kind].queue
+    real, made, told = getattr(queue, call), 0, False
+
+    def counted(*arguments: Any) -> None:
+        nonlocal made
+        made += 1
+        if made <= calls:
+            real(*arguments)
+
+    def take_error(ticket: int) -> CudaError | None:
+        nonlocal told
+        told, before = True, told
+        return None if before else CudaError("error 1: invalid argument", field=name)
+
+    patched.setattr(queue, call, counted)
+    patched.setattr(queue, "take_error", take_error)
 
 
 class PinsTwice:
@@ -465,20 +476,23 @@ def test_no_copy_crosses_the_end_of_a_chunk(make_link: Make, monkeypatch: pytest
     spans: list[tuple[int, int]] = []
     calls: list[str] = []
     kind = LOAD
-    batch, strided = cuda_mover.copy_batch, cuda_mover.copy_strided
+    queues = {each: link.mover._lanes[each].queue for each in (LOAD, STORE)}
+    batch = {each: queue.copy_batch for each, queue in queues.items()}
+    strided = queues[LOAD].copy_strided
 
     def noted_batch(to: Any, source: Any, sizes: Any, stream: int) -> None:
         calls.append("batch")
         spans.extend(zip((source if kind == LOAD else to).tolist(), sizes.tolist(), strict=True))
-        batch(to, source, sizes, stream)
+        batch[kind](to, source, sizes, stream)
 
     def noted_strided(to: Any, source: Any, rows: Any, width: int, pitch: int, stream: int) -> None:
         calls.append("strided")
         spans.extend(zip(source.tolist(), ((rows - 1) * pitch + width).tolist(), strict=True))
         strided(to, source, rows, width, pitch, stream)
 
-    monkeypatch.setattr(cuda_mover, "copy_batch", noted_batch)
-    monkeypatch.setattr(cuda_mover, "copy_strided", noted_strided)
+    for queue in queues.values():
+        monkeypatch.setattr(queue, "copy_batch", noted_batch)
+    monkeypatch.setattr(queues[LOAD], "copy_strided", noted_strided)
     rng = np.random.default_rng(7)
     for turn in range(6):
         kind = (LOAD, STORE)[turn % 2]

@@ -1,9 +1,9 @@
 """The part of the CUDA driver that the mover on CUDA calls, on the CPU: what it queues is done when a test says so.
 
 Modelled: streams that work in their order and at their own pace, or not at all; copies whose bytes move only then;
-events; the refusal of copies that leave the memory registered as one piece; calls that fail when asked to, after they
+events, and streams that wait for those of others; the refusal of copies that leave the memory registered as one piece; calls that fail when asked to, after they
 have queued a part; a clock that only waiting moves. Not modelled: bytes of one copy that come one by one, the driver's
-own calls blocking, waits between streams (they are noted), and kernels: what torch writes is there at once.
+own calls blocking, waits for whole streams (they are noted), and kernels: what torch writes is there at once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fake_queue import FakeQueue
 
 from mtserve.kernels.cuda.driver import Addresses, CudaError
 from mtserve.transfer import cuda_mover
@@ -32,7 +33,7 @@ class FakeStream:
         self.done = 0
         self.most_queued = 0  # copies at any time
         self.waited_for: list[FakeStream] = []
-        self._queue: deque[Callable[[], object]] = deque()
+        self._queue: deque[tuple[Callable[[], object], FakeEvent | None]] = deque()
 
     @property
     def queued(self) -> int:
@@ -44,15 +45,29 @@ class FakeStream:
         """How many will be done once this stream has come to its present end."""
         return self.done + len(self._queue)
 
-    def push(self, copy: Callable[[], object]) -> None:
-        self._queue.append(copy)
+    def push(self, copy: Callable[[], object], after: FakeEvent | None = None) -> None:
+        """Queue a copy that waits for `after`, too."""
+        self._queue.append((copy, after))
         self.most_queued = max(self.most_queued, len(self._queue))
 
     def run(self, copies: int | None = None) -> None:
-        """Do so many of the oldest copies; None: all."""
+        """Do so many of the oldest copies, as far as none waits for another stream; None: all."""
         for _ in range(0 if self.stuck else len(self._queue) if copies is None else min(copies, len(self._queue))):
-            self._queue.popleft()()
+            copy, after = self._queue[0]
+            if after is not None and not after.passed():
+                return
+            self._queue.popleft()
+            copy()
             self.done += 1
+
+    def run_to(self, place: int) -> None:
+        """Do the copies up to a place, and what they wait for on other streams."""
+        while self.done < place:
+            if self._queue[0][1] is not None:
+                self._queue[0][1].synchronize()
+            before = self.done
+            self.run(1)
+            assert self.done > before, "waits for a stream that never ends"
 
     def wait_stream(self, other: FakeStream) -> None:
         self.waited_for.append(other)
@@ -71,13 +86,18 @@ class FakeEvent:
         self._stream = self._driver.streams[stream]
         self._place = self._stream.end
 
+    def hold_back(self, stream: int) -> None:
+        """What is queued on `stream` from now on waits for this place, wherever the event is recorded later."""
+        place = FakeEvent(self._driver)
+        place._stream, place._place = self._stream, self._place
+        self._driver.streams[stream].push(lambda: None, after=place)
+
     def passed(self) -> bool:
         return self._stream is None or self._stream.done >= self._place
 
     def synchronize(self) -> None:
         if self._stream is not None:
-            self._stream.run(self._place - self._stream.done)
-        assert self.passed(), "waits for a stream that never ends"
+            self._stream.run_to(self._place)
 
 
 class FakeDriver:
@@ -95,8 +115,9 @@ class FakeDriver:
         monkeypatch.setattr(torch.cuda, "Stream", self.stream)
         monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self._default)
-        for name in ("Event", "copy_batch", "copy_strided", "current_context", "use_context"):
+        for name in ("Event", "current_context", "use_context"):
             monkeypatch.setattr(cuda_mover, name, getattr(self, name.lower()))
+        monkeypatch.setattr(cuda_mover, "DriverQueue", self.queue)
         monkeypatch.setattr(cuda_mover, "time", self)
 
     def register(self, memory: torch.Tensor) -> None:
@@ -131,6 +152,10 @@ class FakeDriver:
 
     def use_context(self, context: int) -> None:
         assert context == CONTEXT
+
+    def queue(self, context: int) -> FakeQueue:
+        self.use_context(context)
+        return FakeQueue(self)
 
     def copy_batch(self, to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:
         pieces = list(zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True))

@@ -10,9 +10,11 @@ import numpy.typing as npt
 import pytest
 import torch
 from fake_driver import FakeDriver, FakeStream
+from fake_queue import FakeQueue
 
 from mtserve.cache.index import Copy
 from mtserve.errors import TransferFailed
+from mtserve.kernels.cuda.driver import CudaError
 from mtserve.transfer import cuda_mover
 from mtserve.transfer.cuda_mover import CudaMover
 from mtserve.transfer.mover import LOAD, STORE, Fault, Finished
@@ -20,7 +22,14 @@ from mtserve.transfer.pool import PageShape, allocate_pool
 
 SHAPE = PageShape(layers=4, page_tokens=2, heads=1, head_dim=8, dtype=torch.float32)  # 512 bytes
 CHUNK_PAGES = 16
-BOUNDS = ("GROUPED_PIECE_BYTES", "GROUPED_LOAD_BYTES", "SUBMISSION_BYTES", "QUEUED_BYTES", "ANNOUNCED_BYTES")
+BOUNDS = (
+    "GROUPED_PIECE_BYTES",
+    "GROUPED_LOAD_BYTES",
+    "SUBMISSION_BYTES",
+    "QUEUED_BYTES",
+    "ANNOUNCED_BYTES",
+    "SPLIT_GROUP_BYTES",
+)
 KINDS = (LOAD, STORE)
 
 
@@ -75,7 +84,7 @@ class Link:
         assert len(free) == len(self.mover._free_events)
         for lane in self.mover._lanes.values():
             for submission in lane.under_way:
-                assert free.isdisjoint(map(id, (*submission.events, submission.announced)))
+                assert free.isdisjoint(map(id, (*submission.events, *submission.spent, submission.announced)))
 
 
 Make = Callable[..., Link]
@@ -353,8 +362,231 @@ def test_poison_fills_its_pages_alone_before_what_is_queued_later(make_link: Mak
     link.mover.poison(np.array([30, 3], dtype=np.int32))
     assert link.pool.numpy().tobytes() == pool.numpy().tobytes()
     assert torch.equal(link.arena, arena)
-    poisoning = link.mover._poisoning
-    assert [link.stream(kind).waited_for for kind in KINDS] == [[poisoning], [poisoning]]
+    streams = (link.mover._unpacking, *map(link.stream, KINDS))
+    assert [stream.waited_for for stream in streams] == [[link.mover._poisoning]] * 3
+
+
+# What a batch begins over at once: loads of some layers
+
+
+class Unpacking:
+    """States that are twice what the pool has, made in the order of a stream; counts its calls."""
+
+    def __init__(self, link: Link) -> None:
+        self.link, self.states = link, torch.zeros_like(link.pool)
+        self.calls: list[tuple[list[int], int, int]] = []
+        self.refuses = False
+        self.queues = True
+        link.mover.unpacker = self
+
+    def unpack(
+        self, pages: npt.NDArray[np.int32], first: int, last: int, stream: int, queue: FakeQueue | None = None
+    ) -> None:
+        self.calls.append((pages.tolist(), first, last))
+        ids = torch.from_numpy(pages.astype(np.int64))
+
+        def launch(grid: int, stream: int) -> None:
+            if self.refuses:
+                raise CudaError("error 999: unknown error", field="cuLaunchKernel")
+            self.link.driver.streams[stream].push(lambda: self._make(ids, first, last))
+
+        assert (queue is not None) == self.queues
+        if queue is None:
+            launch(0, stream)
+        else:
+            queue.launch(launch, 0, stream)
+
+    def _make(self, ids: torch.Tensor, first: int, last: int) -> None:
+        self.states[ids, first:last] = 2 * self.link.pool[ids, first:last]
+
+    @property
+    def stream(self) -> FakeStream:
+        return self.link.driver.streams[self.link.mover._unpacking.cuda_stream]
+
+
+EIGHT = PageShape(layers=8, page_tokens=2, heads=1, head_dim=8, dtype=torch.float32)
+RUNS = {"strided": [60, 68], "pages of a batch": [2] * 64}
+
+
+def _three_users(lengths: Sequence[int]) -> list[Copy]:
+    """Runs of 128 pages in all, shared by three users in turn; neighbours stay neighbours on both sides."""
+    firsts = np.cumsum([0, *lengths])[:-1]
+    pages = [np.arange(first, first + length) for first, length in zip(firsts, lengths, strict=True)]
+    users = [np.concatenate([np.empty(0, dtype=np.int64), *pages[user::3]]) for user in range(3)]
+    return [_copy(ticket, own, own + 16) for ticket, own in enumerate(users) if len(own)]
+
+
+@pytest.mark.parametrize("first_layer", range(8))
+@pytest.mark.parametrize("lengths", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("packed", [False, True], ids=["states", "packed"])
+def test_a_split_brings_its_layers_group_by_group_over_all_users(
+    make_link: Make, packed: bool, lengths: list[int], first_layer: int
+) -> None:
+    link = make_link(shape=EIGHT)
+    unpacking = Unpacking(link) if packed else None
+    loads = _three_users(lengths)
+    (before, _), (after, arena) = link.after(LOAD, []), link.after(LOAD, loads)
+    after[:, :first_layer] = before[:, :first_layer]
+    groups = link.mover.split_groups(128)
+    assert groups == (0, 2, 4, 6)
+    firsts = [first_layer, *(first for first in groups if first > first_layer)]
+    arrivals = link.mover.submit_split(loads, first_layer)
+    # One event for each of the runner's groups: the piece that brings its last layer.
+    pieces = [arrivals.events[min(7, last - 1) // 2] for last in (*firsts[1:], 8)]
+    assert len(arrivals.events) == 4 and len(set(map(id, pieces))) == len(pieces)
+    for place, (event, last) in enumerate(zip(pieces, (*firsts[1:], 8), strict=True)):
+        assert not event.passed()
+        assert torch.equal(link.pool[:, firsts[place] :], before[:, firsts[place] :])
+        while not event.passed():
+            link.stream(LOAD).run(1)
+            if unpacking is not None:
+                unpacking.stream.run()
+        assert torch.equal(link.pool[:, :last], after[:, :last])
+        if unpacking is not None:
+            assert torch.equal(unpacking.states[:, first_layer:last], 2 * after[:, first_layer:last])
+            assert not unpacking.states[:, :first_layer].any()
+    arrivals.wait()
+    assert link.end() == [Finished(LOAD, load.ticket, None) for load in loads]
+    assert link.holds((after, arena))
+    if unpacking is not None:
+        pages = np.concatenate([load.gpu_pages for load in loads]).tolist()
+        assert unpacking.calls == [(pages, *each) for each in zip(firsts, (*firsts[1:], 8), strict=True)]
+
+
+def test_a_short_split_comes_in_one_piece(make_link: Make) -> None:
+    link = make_link(shape=EIGHT)
+    arrivals = link.mover.submit_split([_long(1, 0), _long(2, 16)], 3)
+    assert len(set(map(id, arrivals.events))) == 1
+    link.end()
+
+
+def test_a_split_goes_ahead_of_what_still_waits(make_link: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = make_link()
+    monkeypatch.setattr(cuda_mover, "QUEUED_BYTES", 16 * SHAPE.bytes)
+    waiting = [_long(ticket, 16 * ticket) for ticket in range(3)]
+    expected = link.after(LOAD, waiting)
+    for load in waiting:
+        link.mover.submit(LOAD, [load])
+    split = _long(9, 64)
+    arrivals = link.mover.submit_split([split], 1)
+    expected[0][64:80, 1:] = link.arena[64:80, 1:]
+    arrivals.wait()
+    assert torch.equal(link.pool[64:80], expected[0][64:80])
+    assert not torch.equal(link.pool[32:48], expected[0][32:48])
+    assert [each.ticket for each in link.end()] == [0, 9, 1, 2]
+    assert link.holds(expected)
+
+
+def test_of_a_split_one_user_fails_and_the_others_come(make_link: Make) -> None:
+    fates = iter([False, True, False])
+
+    def fault(kind: str) -> None:
+        if next(fates):
+            raise TransferFailed(kind)
+
+    link = make_link(fault=fault)
+    unpacking = Unpacking(link)
+    loads = [_long(ticket, 16 * ticket) for ticket in range(3)]
+    expected = link.after(LOAD, [loads[0], loads[2]])
+    expected[0][:, :1] = link.pool[:, :1]
+    link.mover.submit_split(loads, 1)
+    assert not link.mover.near(1)
+    assert [each.error is None for each in link.end()] == [True, False, True]
+    assert link.holds(expected)
+    pages = np.concatenate([loads[0].gpu_pages, loads[2].gpu_pages]).tolist()
+    assert {tuple(called) for called, *_ in unpacking.calls} == {tuple(pages)}
+
+
+def test_a_split_of_which_all_fail_ends_and_moves_nothing(make_link: Make) -> None:
+    def fault(kind: str) -> None:
+        raise TransferFailed(kind)
+
+    link = make_link(fault=fault)
+    unpacking, before = Unpacking(link), link.after(LOAD, [])
+    link.mover.submit_split([_long(1, 0), _long(2, 16)], 1).wait()
+    assert [each.error is None for each in link.end()] == [False, False]
+    assert link.holds(before)
+    assert unpacking.calls == []
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_a_split_that_the_driver_refuses_half_way_fails_for_all_its_users(make_link: Make, call: int) -> None:
+    link = make_link(shape=EIGHT)
+    loads = [_long(1, 0, 64), _long(2, 64, 64)]
+    _refuse(link, call)
+    arrivals = link.mover.submit_split(loads, 1)
+    link.mover.submit(LOAD, [_long(3, 0)])
+    arrivals.wait()
+    assert not any(map(link.mover.near, (1, 2)))
+    finished = link.end()
+    assert [each.error is None for each in finished] == [False, False, True]
+    assert "load of 64 pages: cuMemcpy2DAsync_v2: error 999" in str(finished[0].error)
+    expected = link.after(LOAD, loads)
+    link.mover.submit_split(loads, 0)
+    assert {each.error for each in link.end()} == {None}
+    assert link.holds(expected)
+
+
+def test_whole_loads_are_unpacked_once_they_are_there_and_stores_never(make_link: Make) -> None:
+    link = make_link()
+    unpacking = Unpacking(link)
+    short, long = [_copy(1, [3, 90], [7, 2]), _copy(2, [5], [9])], _long(3, 16, 48)
+    expected = link.after(LOAD, [*short, long])
+    link.mover.submit(STORE, [_long(4, 100)])
+    link.mover.submit(LOAD, short)
+    link.mover.submit(LOAD, [long])
+    assert [each[1:] for each in unpacking.calls] == [(0, 4), (0, 4)]
+    assert unpacking.calls[0][0] == [3, 90, 5]
+    unpacking.stream.run()
+    assert not unpacking.states.any()  # the bytes are not there
+    link.stream(LOAD).run()
+    assert link.mover.poll() == []  # the bytes are, the states are not
+    arrivals = link.mover.arrivals([3])
+    arrivals.wait()
+    assert torch.equal(unpacking.states[16:64], 2 * expected[0][16:64])
+    assert {each.error for each in link.end()} == {None}
+    assert torch.equal(link.pool, expected[0])
+    rows = torch.tensor([3, 90, 5])
+    assert torch.equal(unpacking.states[rows], 2 * expected[0][rows])
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_loads_whose_states_cannot_be_made_fail(make_link: Make, split: bool) -> None:
+    link = make_link()
+    unpacking = Unpacking(link)
+    unpacking.refuses = True
+    if split:
+        link.mover.submit_split([_long(1, 0)], 1)
+    else:
+        link.mover.submit(LOAD, [_long(1, 0)])
+    link.mover.submit(STORE, [_long(2, 100)])
+    finished = {each.kind: each.error for each in link.end()}
+    assert finished[STORE] is None
+    assert "load of 16 pages: cuLaunchKernel: error 999" in str(finished[LOAD])
+
+
+def test_poison_reaches_states_as_well(make_link: Make) -> None:
+    link = make_link()
+    unpacking = Unpacking(link)
+    link.mover.poison(np.array([30, 3], dtype=np.int32))
+    assert sorted(set(torch.nonzero(unpacking.states.isnan())[:, 0].tolist())) == [3, 30]
+    assert unpacking.states[[3, 30]].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("pages", "expected"),
+    [
+        ([range(16), range(16, 32)], 16.0),  # neighbours, of two users: a chunk's end is between them
+        ([range(8), range(20, 28)], 8.0),
+        ([range(0, 60, 2)], 1.0),
+        ([[0, 1, 2], [8, 9, 10]], 1.0),  # too short for strided copies
+        ([range(4, 20)], 8.0),  # cut at the end of a chunk
+    ],
+)
+def test_piece_pages(make_link: Make, pages: list[Any], expected: float) -> None:
+    link = make_link()
+    loads = [_copy(ticket, list(own), list(own)) for ticket, own in enumerate(pages)]
+    assert link.mover.piece_pages(loads) == expected
 
 
 # All at once

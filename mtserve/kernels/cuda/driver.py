@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtserve import _core
 from mtserve.errors import FailedPrecondition
 
 TENSOR_MAP_BYTES = 128
@@ -79,16 +78,21 @@ def _function(name: str, keeps_lock: bool) -> Any:
 
 
 @cache
-def _address(name: str) -> int:
+def address_of(name: str) -> int:
     """Of a function of the driver, for callers in C++."""
     return ctypes.cast(_function(name, True), ctypes.c_void_p).value or 0
 
 
+def error_text(code: int) -> str:
+    """What the driver says of an error."""
+    text = ctypes.c_char_p()
+    _library().cuGetErrorString(code, ctypes.byref(text))
+    return f"error {code}: {(text.value or b'unknown').decode()}"
+
+
 def _check(name: str, code: int) -> None:
     if code:
-        text = ctypes.c_char_p()
-        _library().cuGetErrorString(code, ctypes.byref(text))
-        raise CudaError(f"error {code}: {(text.value or b'unknown').decode()}", field=name)
+        raise CudaError(error_text(code), field=name)
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -117,15 +121,6 @@ def unregister_host(address: int) -> None:
     _call("cuMemHostUnregister", ctypes.c_void_p(address))
 
 
-def copy_strided(to: Addresses, source: Addresses, rows: Addresses, width: int, pitch: int, stream: int) -> None:
-    """Queue many copies: rows[i] rows of `width` bytes, `pitch` bytes apart at both of the addresses to[i] and source[i].
-
-    int64 [n] each. Where it raises CudaError, some may have been queued.
-    """
-    name = "cuMemcpy2DAsync_v2"
-    _check(name, _core._copy_strided(_address(name), to, source, rows, width, pitch, stream))
-
-
 def copy_batch(to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:
     """Queue many copies: `sizes[i]` bytes, 1 or more, from `source[i]` to `to[i]`; int64 [n] each, in any order.
 
@@ -139,7 +134,7 @@ def copy_batch(to: Addresses, source: Addresses, sizes: Addresses, stream: int) 
 
 
 def _copy_some(to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:
-    name = _batch_name()
+    name = batch_name()
     if not name:
         for one in zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True):
             copy(*one, stream)
@@ -154,7 +149,7 @@ def _copy_some(to: Addresses, source: Addresses, sizes: Addresses, stream: int) 
 
 
 @cache
-def _batch_name() -> str:
+def batch_name() -> str:
     """What this driver calls the copy of many; "" where it has none."""
     names = ("cuMemcpyBatchAsync_v2", "cuMemcpyBatchAsync")
     return next((name for name in names if hasattr(_library(keeps_lock=True), name)), "")
@@ -187,6 +182,10 @@ class Event:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # the driver may be gone before us
             _function("cuEventDestroy_v2", True)(self._handle)
+
+    @property
+    def handle(self) -> int:
+        return self._handle.value or 0
 
     def record(self, stream: int) -> None:
         """Mark where the stream stands."""
@@ -261,6 +260,7 @@ class Launch:
     """A kernel with its parameters, of which each launch takes the present values."""
 
     def __init__(self, handle: ctypes.c_void_p, shared_bytes: int, threads: int, parameters: Sequence[Any]) -> None:
+        self.function, self.threads, self.shared_bytes = handle.value or 0, threads, shared_bytes
         self._parameters = parameters
         addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(each) for each in parameters))
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
@@ -268,6 +268,10 @@ class Launch:
             (1, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), 1
         )  # fmt: skip
         self._arguments = (ctypes.byref(self._config), handle, addresses, None)
+
+    def values(self) -> list[bytes]:
+        """The parameters' present values."""
+        return [ctypes.string_at(ctypes.addressof(each), ctypes.sizeof(each)) for each in self._parameters]
 
     def run(self, grid: int, stream: int | None = None) -> None:
         """Launch `grid` blocks on `stream`, None: torch's current one. Parameters are copied before this returns.

@@ -13,6 +13,7 @@ import torch
 from mtserve.errors import InvalidArgument
 from mtserve.kernels.cuda.build import build
 from mtserve.kernels.cuda.driver import Function, Module, tensor_map
+from mtserve.kernels.cuda.queue import DriverQueue
 from mtserve.kernels.host_format.shape import ALIGNMENT, FormatShape
 from mtserve.kernels.unpack.reference import FORMATS
 
@@ -66,7 +67,11 @@ class UnpackKernel:
             if self._multiplies:
                 self._take_weights(shape, weights, biases, pool)
             self._sms = torch.cuda.get_device_properties(pool.device).multi_processor_count
-            self._function = _function(shape, pool.device.index)
+            function = _function(shape, pool.device.index)
+        if self._multiplies:
+            self._prepared = function.prepare(REBUILD_THREADS, self._map, self._params)
+        else:
+            self._prepared = function.prepare(UNPACK_THREADS, self._params)
 
     def _take_weights(
         self, shape: FormatShape, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], pool: torch.Tensor
@@ -89,8 +94,12 @@ class UnpackKernel:
         self._params.bias = bias.data_ptr()
         self._map = tensor_map(stacked.data_ptr(), pool.dtype, (shape.layers * depth, 2 * self._width), BOX)
 
-    def run(self, pages: npt.NDArray[np.int32], first: int, last: int, stream: int) -> None:
+    def run(
+        self, pages: npt.NDArray[np.int32], first: int, last: int, stream: int, queue: DriverQueue | None = None
+    ) -> None:
         """Queue on the stream with handle `stream`: K and V of layers [first, last) of `pages`, int32 [n] on the CPU.
+
+        `queue`: whose thread is to launch it, in its turn; None: now.
 
         All 64 tokens of a page are made. One launch for up to MOST_PAGES pages. The device of the pool is the current
         one; nothing is allocated there, awaited or read from it, and `pages` may change once this returns.
@@ -110,17 +119,20 @@ class UnpackKernel:
         self._params.first, self._params.last = first, last
         address = pages.ctypes.data
         for start in range(0, len(pages), MOST_PAGES):
-            self._launch(address + 4 * start, min(MOST_PAGES, len(pages) - start), last - first, stream)
+            self._launch(address + 4 * start, min(MOST_PAGES, len(pages) - start), last - first, stream, queue)
 
-    def _launch(self, pages: int, count: int, layers: int, stream: int) -> None:
+    def _launch(self, pages: int, count: int, layers: int, stream: int, queue: DriverQueue | None) -> None:
         """Of `count` ids at the address `pages`."""
         ctypes.memmove(self._to, pages, 4 * count)
         self._params.count = count
-        if not self._multiplies:
-            self._function.launch(2 * layers * count, UNPACK_THREADS, self._params, stream=stream)
-            return
-        tiles = layers * -(-count // TILE_PAGES) * -(-2 * self._width // TILE_COLUMNS)
-        self._function.launch(min(tiles, self._sms), REBUILD_THREADS, self._map, self._params, stream=stream)
+        grid = 2 * layers * count
+        if self._multiplies:
+            tiles = layers * -(-count // TILE_PAGES) * -(-2 * self._width // TILE_COLUMNS)
+            grid = min(tiles, self._sms)
+        if queue is None:
+            self._prepared.run(grid, stream)
+        else:
+            queue.launch(self._prepared, grid, stream)
 
 
 def _v_and_k(columns: torch.Tensor) -> torch.Tensor:
