@@ -1,13 +1,12 @@
 """Whole batches of users whose states only the host has: loaded, encoded again, split, and as the engine decides.
 
-    python benchmarks/bench_restore.py --out restore.json [--only table grid replay] [--plot restore.png]
+    python benchmarks/bench_restore.py --out restore.json [--only table grid] [--plot restore.png]
 
 table     the shapes and formats of the performance table, new behaviours and candidates as given there
 grid      hstu-512 with x8, by users and length of history: the engine's own decision against every forced one
-replay    a trace whose users always come back, the device holding a tenth of them: decided, loaded, uncached
 
 A batch's time is the engine's, from the first look at a queue that holds all requests to the last answer: decision, planning,
-copies, forward. Medians, the ways in turn. Each way's logits are first held against the same batch encoded from
+copies, forward. Medians, the ways of a round in random order. Each way's logits are first held against the same batch encoded from
 nothing; a case that differs by more than its format may is not reported, and the exit status is 1.
 """
 
@@ -16,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
 import statistics
 import sys
 from pathlib import Path
@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mtserve.provenance import stamp  # noqa: E402
+
+COLOURS = {"recompute": "#8a8f98", "load": "#c98a1b", "split": "#3f8f6b", "auto": "#2b5fab"}
 
 WAYS = ("recompute", "load", "split", "auto")
 ROUNDS = 7
@@ -65,8 +67,9 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         laps: dict[str, dict[str, float]] = {}
         chosen, predicted = [], []
+        order = random.Random(SEED)
         for _ in range(rounds):
-            for way in WAYS:
+            for way in order.sample(WAYS, len(WAYS)):  # each way with either group, and after every other
                 turn = turns.restore(way)
                 seconds[way].append(turn.seconds)
                 laps[way] = turn.laps
@@ -123,11 +126,34 @@ def main() -> int:
         for case in cases if part in options.only else ():
             if options.cases in case.name:
                 result[part].append(measure(case, options.rounds))
+                if options.out:
+                    options.out.write_text(json.dumps(result, indent=2) + "\n")
                 gc.collect()
                 torch.cuda.empty_cache()
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    if options.plot:
+        draw(result, options.plot)
     return 0
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Milliseconds of each way by case, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    cases = [*result["table"], *result["grid"]]
+    figure = Figure(figsize=(10, 1.2 + 0.42 * len(cases)), layout="constrained")
+    axes = figure.subplots()
+    for place, way in enumerate(WAYS):
+        at = [index + 0.2 * (place - 1.5) for index in range(len(cases))]
+        axes.barh(at, [case["ms"][way] for case in cases], height=0.19, color=COLOURS[way], label=way)
+    axes.set_yticks(range(len(cases)), [case["name"] for case in cases])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds of a batch, from its queue to its answers")
+    axes.set_title(f"Users whose states only the host has ({result['stamp'].get('gpu', result['stamp']['processor'])})")
+    axes.legend(loc="lower right", frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from bench_replay import ROOT, ebnerd_trace, replay, sweep, table
 from mtserve.provenance import stamp
 
 BENCHMARKS = ("attention", "product", "forward", "loop", "transfer", "restore")
+DRAWN = ("restore",)  # into a PNG beside the JSON
 GENERATED = "generated 25%ws"
 RETURNING = "returning 10%ws load"
 RETURNING_HIT_RATIO = 0.985  # least share of prefix tokens found in either tier where users always come back
@@ -61,6 +62,8 @@ def run_tests() -> dict[str, int]:
 def run_benchmark(name: str, out: Path) -> None:
     """Run benchmarks/bench_NAME.py into `out`; exits when its correctness check fails."""
     command = [sys.executable, str(ROOT / "benchmarks" / f"bench_{name}.py"), "--out", str(out / f"{name}.json")]
+    if name in DRAWN:
+        command += ["--plot", str(out / f"{name}.png")]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     if status != 0:
         sys.exit(f"bench_{name} failed with status {status}")

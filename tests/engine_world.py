@@ -33,6 +33,7 @@ from mtserve.transfer.mover import LOAD, Arrivals, Fault, Finished, Mover, SyncM
 from mtserve.types import History, Request, Rows, ScoreResult
 
 TOLERANCE = 1e-5
+NOISE = {"kv": 2**-23, "kv8": 2**-7, "x8": 2**-7, "x4": 2**-3}  # of a value that the host gives back, by `host_format`
 
 
 class FakeClock:
@@ -140,16 +141,16 @@ class Pending:
         return recompute(self.world.truth, self.history, self.candidates).numpy()
 
     def rounding(self, expected: npt.NDArray[np.float32]) -> float:
-        """How far fp32 computations may lie apart here: where a norm divides by next to nothing, rounding alone passes
-        the tolerance. Four times what weights that differ by half a unit in the last place make of it, and no more
-        than ten tolerances.
+        """How far computations may lie apart here: where a norm divides by next to nothing, rounding alone passes the
+        tolerance. Four times what weights that differ by half a unit in the last place make of it, or by as much as the
+        host's format changes values, and no more than ten tolerances.
         """
         largest = 0.0
         for seed in range(4):
             generator, model = torch.Generator().manual_seed(seed), copy.deepcopy(self.world.truth)
             with torch.no_grad():
                 for weight in model.parameters():
-                    weight *= 1 + (torch.rand(weight.shape, generator=generator) - 0.5).to(weight) * 2**-23
+                    weight *= 1 + (torch.rand(weight.shape, generator=generator) - 0.5).to(weight) * self.world.noise
             nearby = recompute(model, self.history, self.candidates).numpy()
             largest = max(largest, float(np.abs(nearby - expected).max()))
         return min(4 * largest, 10 * self.world.tolerance)
@@ -169,13 +170,32 @@ class Pending:
         return result
 
 
+@dataclass
+class LateBatch:
+    """A batch whose rows are computed when its result is asked for."""
+
+    run: Callable[[], PendingBatch]
+    ran: PendingBatch | None = None
+
+    def result(self) -> npt.NDArray[np.float32]:
+        self.ran = self.run()
+        return self.ran.result()
+
+    def waited(self) -> dict[int, float]:
+        assert self.ran is not None
+        return self.ran.waited()
+
+
 class OverlappingRunner:
-    """A runner whose batches count as under way until the loop's next step, as those on a GPU do."""
+    """A runner whose batches count as under way until the loop's next step, as those on a GPU do.
+
+    `late`: they read and write nothing before that step ends them.
+    """
 
     overlaps = True
 
-    def __init__(self, runner: BatchRunner) -> None:
-        self.runner = runner
+    def __init__(self, runner: BatchRunner, late: bool = False) -> None:
+        self.runner, self.late = runner, late
 
     def room(self, size: BatchSize) -> BatchArrays:
         return self.runner.room(size)
@@ -183,10 +203,19 @@ class OverlappingRunner:
     def early_room(self, size: BatchSize) -> BatchArrays:
         return self.runner.early_room(size)
 
+    def start_early(self, early: EarlyLayers) -> None:
+        if not self.late:
+            self.runner.start_early(early)
+
     def start(
         self, plan: BatchPlan, arrivals: Arrivals | None = None, early: EarlyLayers | None = None
     ) -> PendingBatch:
-        return self.runner.start(plan, arrivals, early)
+        def run() -> PendingBatch:
+            if self.late and early is not None:
+                self.runner.start_early(early)
+            return self.runner.start(plan, arrivals, early)
+
+        return LateBatch(run) if self.late else run()
 
     def settle(self) -> None:
         self.runner.settle()
@@ -220,6 +249,7 @@ class World:
         self.clock = FakeClock()
         self.truth = self.model
         self.tolerance = tolerance
+        self.noise = NOISE[config.get("host_format", "kv")]
         sizes = EngineConfig(device=device, dtype=dtype, page_tokens=page_tokens, poison_pages=True)
         states = page_shape(self.model.config, sizes, DTYPES[dtype])
         packed = None
@@ -324,12 +354,12 @@ class World:
 
     # What the engine is made of
 
-    def overlap(self) -> None:
-        """Have the loop plan each batch while the one before it runs."""
+    def overlap(self, late: bool = False) -> None:
+        """Have the loop plan each batch while the one before it runs; `late`: begins to run only when it is ended."""
         core = self.engine._core
         make = core._make_runner
-        core._make_runner = lambda model: OverlappingRunner(make(model))  # type: ignore[method-assign]
-        core._runner = OverlappingRunner(core._runner)
+        core._make_runner = lambda model: OverlappingRunner(make(model), late)  # type: ignore[method-assign]
+        core._runner = OverlappingRunner(core._runner, late)
 
     def pace(self, token_s: float) -> None:
         """Have the engine believe that a token takes so many seconds to encode."""
@@ -360,13 +390,14 @@ class World:
     def hook(self, op: str, before: Callable[[], None]) -> None:
         """Call `before` each time kernel `op` is launched."""
         core = self.engine._core
-        real = getattr(core._runner._kernels, op)
+        runner: Any = core._runner.runner if isinstance(core._runner, OverlappingRunner) else core._runner
+        real = getattr(runner._kernels, op)
 
         def hooked(*args: Any) -> Any:
             before()
             return real(*args)
 
-        core._runner._kernels = dataclasses.replace(core._runner._kernels, **{op: hooked})
+        runner._kernels = dataclasses.replace(runner._kernels, **{op: hooked})
 
     def value(self, name: str, label: str = "") -> float:
         return self.engine.metrics.value(name, label)

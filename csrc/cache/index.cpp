@@ -168,7 +168,8 @@ CopyPlan Index::begin_load(std::string_view user, ChainView chain, double now) {
     Entry* entry = find(user);
     if (!entry || entry->pinned()) return {};
     const int32_t target = std::min(entry->on[kHost].tokens, common_prefix(entry->view(), chain));
-    CopyPlan plan = begin_copy(*entry, kGpu, target, now);
+    // With room for what the user's next batch adds: taken then, it would lie elsewhere.
+    CopyPlan plan = begin_copy(*entry, kGpu, target, pages_for(chain.size), now);
     if (!plan.ticket) return plan;
     note_return(*entry, now);
     touch(*entry, now);
@@ -183,7 +184,7 @@ CopyPlan Index::begin_store(std::string_view user, bool tail, double now) {
     Entry* entry = find(user);
     if (!entry || entry->load || entry->store) return {};
     const int32_t tokens = entry->on[kGpu].tokens;
-    return begin_copy(*entry, kHost, tail ? tokens : tokens / page_tokens_ * page_tokens_, now);
+    return begin_copy(*entry, kHost, tail ? tokens : tokens / page_tokens_ * page_tokens_, 0, now);
 }
 
 int32_t Index::unsaved_tokens(std::string_view user) const {
@@ -192,12 +193,12 @@ int32_t Index::unsaved_tokens(std::string_view user) const {
 }
 
 // Plans the copy of tokens [what `to` has, target) into `to`, shortened to the room that can be had.
-CopyPlan Index::begin_copy(Entry& entry, Tier to, int32_t target, double now) {
+CopyPlan Index::begin_copy(Entry& entry, Tier to, int32_t target, int32_t wanted, double now) {
     const int32_t present = entry.on[to].tokens;
     if (target <= present) return {};
     Ticket& pin = to == kGpu ? entry.load : entry.store;
     pin = next_ticket_++;
-    acquire(entry, to, pages_for(target), now);
+    acquire(entry, to, std::max(pages_for(target), wanted), now);
     const int64_t room = static_cast<int64_t>(entry.on[to].pages.size()) * page_tokens_;
     target = static_cast<int32_t>(std::min<int64_t>(target, room));
     if (target <= present) {  // not a single page to be had, so none was evicted either

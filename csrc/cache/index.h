@@ -185,7 +185,8 @@ private:
     std::vector<Entry*> admit(const std::vector<BatchItem>& items, int32_t width, Ticket ticket);
     void correct(Entry& entry, ChainView chain);
     void plan_member(Batch& batch, Entry& entry, ChainView chain, const BatchPlan& plan, size_t row, double now);
-    CopyPlan begin_copy(Entry& entry, Tier to, int32_t target, double now);
+    // `wanted`: pages to have, where more than the copy fills.
+    CopyPlan begin_copy(Entry& entry, Tier to, int32_t target, int32_t wanted, double now);
     void end_copy(Tier to, Ticket ticket, bool success);
 
     void acquire(Entry& entry, Tier tier, int32_t pages, double now);

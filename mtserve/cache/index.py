@@ -167,6 +167,9 @@ class TieredIndex(_core.Index):
     def begin_load(self, user: str, chain: Chain) -> Load | None:
         """Plan host to GPU for what `chain` shares with the host copy; perhaps only a part for want of room.
 
+        Where there is room, pages for the rest of the chain are held with it until the load ends, so that what the next
+        batch adds lies beside it.
+
         None when the GPU has all of it already, the user is busy in any way, or there is no room at all.
         """
         plan = self._begin_load(user, chain, self._clock())

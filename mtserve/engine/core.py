@@ -26,7 +26,7 @@ from mtserve.engine.onload import MAX_LOADS
 from mtserve.engine.pace import Pace
 from mtserve.engine.planner import Planner
 from mtserve.engine.runner import BatchRunner, Done
-from mtserve.engine.runners import largest_batch, make_runner, max_prefix
+from mtserve.engine.runners import make_runner, max_prefix
 from mtserve.engine.scheduler import Scheduler, Slot
 from mtserve.engine.sequence import SequenceBuilder, UserSequence
 from mtserve.engine.stopwatch import Stopwatch
@@ -122,9 +122,7 @@ class Core:
                 host_pages=self.memory.arena.ready,
             )  # fmt: skip
         if costs is not None:
-            self.tiers.restore_by(
-                costs, rows=largest_batch(self.model, config), frozen_sees_all=model.static_attention == "full"
-            )
+            self.tiers.restore_by(costs, frozen_sees_all=model.static_attention == "full")
 
     def _make_runner(self, model: RankingModel) -> BatchRunner:
         if self.memory is None or self.tiers is None:
@@ -158,7 +156,7 @@ class Core:
         launched = self._launch(slots) if slots else None
         lap("planning")
         if idle and self._restores:
-            self._onload()  # what the batch that was to come first has left
+            progress |= self._onload()  # what the batch that was to come first has left
             lap("copies")
         try:
             landed = self.land()
@@ -191,9 +189,8 @@ class Core:
     def _restores(self) -> bool:
         return self.tiers is not None and self.tiers.restoring is not None
 
-    def _onload(self) -> None:
-        if self.tiers is not None:
-            self.tiers.onload(self.scheduler.head())
+    def _onload(self) -> bool:
+        return self.tiers is not None and self.tiers.onload(self.scheduler.head())
 
     def _cached(self, job: Job) -> int | None:
         return 0 if self.tiers is None else self.tiers.cached(job)

@@ -32,6 +32,7 @@ class Onload:
         self._surveyed: dict[Job, Presence] = {}
         self._token_s, self._to_encode = 0.0, 0  # seconds a token; tokens of waiting jobs that nothing brings
         self._decided: list[Load] = []
+        self._declined = False
 
     def changed(self) -> None:
         """A batch or a copy has begun or ended, or states were forgotten: ask the index again."""
@@ -108,14 +109,16 @@ class Onload:
                 job.loads, job.loaded_from = MAX_LOADS, -1
         self._failed.clear()
 
-    def plan(self, jobs: Iterable[Job]) -> list[Load]:
-        """Loads to start now: of what the host holds of the prefixes of those of these jobs that are near."""
-        self._decided = []
+    def plan(self, jobs: Iterable[Job]) -> tuple[list[Load], bool]:
+        """Loads to start now, of what the host holds of the prefixes of those of these jobs that are near; and whether
+        some of them need not wait for any.
+        """
+        self._decided, self._declined = [], False
         for job in filter(self._near, jobs):
             present = self._presence(job)
             if present.loading or present.host_tokens > present.gpu_tokens:
                 self._bring(job, present)
-        return self._decided
+        return self._decided, self._declined
 
     def _bring(self, job: Job, present: Presence) -> None:
         if present.in_batch:
@@ -127,7 +130,7 @@ class Onload:
         elif self._loads_sooner(job, present):
             self._begin_load(job, present.gpu_tokens)
         else:
-            job.loads = MAX_LOADS
+            self._decline(job)
             self._metrics.count("loads_declined_total")
 
     def _loads_sooner(self, job: Job, present: Presence) -> bool:
@@ -159,13 +162,16 @@ class Onload:
         load = self._index.begin_load(job.user_id, job.sequence.chain)
         if load is None:
             if not self._transfers.moving and not self._decided:
-                job.loads = MAX_LOADS  # no copy will end and make room: encode
+                self._decline(job)  # no copy will end and make room
             return
         self._surveyed.clear()  # the load may have evicted others
         job.loads += 1
         job.loaded_from = gpu_tokens if job.loaded_from < 0 else min(job.loaded_from, gpu_tokens)
         self._decided.append(load)
         self._to_encode -= load.tokens - gpu_tokens
+
+    def _decline(self, job: Job) -> None:
+        job.loads, self._declined = MAX_LOADS, True
 
     def _share_load(self, job: Job, gpu_tokens: int) -> None:
         """A second request of a user whose load is under way waits for the same one."""

@@ -13,7 +13,6 @@ from mtserve.config import EngineConfig
 from mtserve.engine.scheduler import Slot
 from mtserve.engine.transfers import Transfers
 from mtserve.metrics import Metrics
-from mtserve.restore.choice import LOAD as LOAD_ALL
 from mtserve.restore.choice import Choice, Layout, Need, Work, choose, user_work
 from mtserve.restore.costs import Costs
 from mtserve.restore.watch import PredictionWatch
@@ -55,17 +54,14 @@ class Restoring:
         metrics: Metrics,
         costs: Costs,
         *,
-        rows: int,
         frozen_sees_all: bool,
     ) -> None:
-        """`rows`: of the largest batch. `frozen_sees_all`: whether U and S rows see one another."""
+        """`frozen_sees_all`: whether U and S rows see one another."""
         self._index, self._mover, self._transfers, self._metrics = index, mover, transfers, metrics
-        self._costs, self._way, self._rows, self._frozen_sees_all = costs, config.restore, rows, frozen_sees_all
+        self._costs, self._way, self._frozen_sees_all = costs, config.restore, frozen_sees_all
         layers, layer_bytes = mover.pool.shape[1], mover.pool[:1, :1].nbytes
         self._layers, self._layer_bytes, self._page_tokens = layers, layer_bytes, config.page_tokens
-        self._open: dict[
-            int, bool | None
-        ] = {}  # ticket of a load of some layers -> whether its copy succeeded, once over
+        self._open: dict[int, bool | None] = {}  # loads of some layers: whether the copy succeeded, once it is over
         self._doomed: set[int] = set()  # of these, those whose batch has failed
         self.watch = PredictionWatch()
         self.last: Choice | None = None
@@ -101,13 +97,11 @@ class Restoring:
         return Restored(choice, tuple(loads), {load.user: load.first_token for load in loads}, arrivals)
 
     def _choose(self, loads: Sequence[Load], needs: Sequence[Need], others: Work) -> Choice:
-        way, run_pages = self._way, self._mover.piece_pages(loads) if loads else 1.0
+        run_pages = self._mover.piece_pages(loads) if loads else 1.0
         groups = self._mover.split_groups(sum(len(load.gpu_pages) for load in loads))
         layout = Layout(self._layers, self._page_tokens, self._layer_bytes, groups, run_pages)
-        if others.rows + sum(need.prefix - need.cached + need.candidates for need in needs) > self._rows:
-            way = LOAD_ALL  # encoded again they would not fit
-        busy_s = self._mover.load_s(self._transfers.moving_bytes(LOAD))
-        return choose(self._costs, layout, needs, others, link_busy_s=busy_s, way=way, offsets=self.watch.offsets)
+        busy_s, offsets = self._mover.load_s(self._transfers.moving_bytes(LOAD)), self.watch.offsets
+        return choose(self._costs, layout, needs, others, link_busy_s=busy_s, way=self._way, offsets=offsets)
 
     def _need(self, slot: Slot, load: Load) -> Need:
         candidates = sum(len(job.candidates) for job in slot.jobs)

@@ -106,12 +106,11 @@ class Tiers:
         """Whether `job`, which has to wait, loses nothing but its place by being encoded whole and not kept."""
         return self._onload.spare(job)
 
-    def restore_by(self, costs: Costs, *, rows: int, frozen_sees_all: bool) -> None:
+    def restore_by(self, costs: Costs, *, frozen_sees_all: bool) -> None:
         """Let batches decide how states come back, by what that is expected to cost; the rest is as in Restoring."""
         self.restoring = Restoring(
-            self.index, self.mover, self._transfers, self._config, self._metrics, costs,
-            rows=rows, frozen_sees_all=frozen_sees_all,
-        )  # fmt: skip
+            self.index, self.mover, self._transfers, self._config, self._metrics, costs, frozen_sees_all=frozen_sees_all
+        )
 
     def restorable(self, job: Job) -> int | None:
         """Prefix tokens of `job` on the device where a batch of its own may bring the rest; None for others."""
@@ -121,12 +120,13 @@ class Tiers:
         """Look at what these jobs, the first that wait, need; `token_s`: seconds to encode a token."""
         self._onload.survey(jobs, token_s, self._reserved_pages)
 
-    def onload(self, jobs: Iterable[Job]) -> None:
-        """Start bringing what these of the surveyed jobs need from the host."""
-        loads = self._onload.plan(jobs)
+    def onload(self, jobs: Iterable[Job]) -> bool:
+        """Start bringing what these of the surveyed jobs need from the host; whether anything was decided."""
+        loads, declined = self._onload.plan(jobs)
         if loads:
             self._note_evictions()
             self._submit(LOAD, loads)
+        return bool(loads) or declined
 
     def _submit(self, kind: str, copies: Sequence[Copy]) -> None:
         self._transfers.began(kind, copies)

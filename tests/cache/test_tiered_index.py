@@ -215,7 +215,7 @@ def test_a_failed_copy_leaves_everything_as_it_was():
     before = pool.index.stats()
     load = pool.index.begin_load("a", A)
     assert load is not None
-    assert pool.index.stats().gpu.in_flight == 3
+    assert pool.index.stats().gpu.in_flight == 4  # with room for the rest of the chain
     pool.index.end_load(load.ticket, False)
     pool.index.check()
     assert pool.index.stats() == before

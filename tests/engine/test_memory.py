@@ -15,6 +15,7 @@ from small_models import small_model
 from mtserve.engine.engine import Engine
 from mtserve.engine.setup import available_memory
 from mtserve.errors import InvalidArgument, ResourceExhausted, TransferFailed
+from mtserve.restore.costs import costs_for_cpu
 from mtserve.transfer.arena import HostArena
 from mtserve.transfer.chaos import Chaos, ChaosPinning
 
@@ -110,6 +111,28 @@ def test_the_host_tier_grows_while_the_engine_serves(world: Make, pinned_by: Pin
     w.assert_empty()
     w.engine.close()
     assert pinning.pinned == []
+
+
+def test_packed_pages_come_and_go_while_the_host_tier_grows(world: Make, pinned_by: PinnedBy) -> None:
+    pinning = StepwisePinning(allowed=1)
+    options = {"host_format": "kv8", "tolerance": 0.05, "costs": costs_for_cpu(), "host_pages": 128}  # two chunks
+    w = world(small_model(d=32), start=True, **{**pinned_by(pinning), **options})
+    for user in USERS:
+        w.put(user, 38)  # ten pages
+    ready, sizes = 0, []
+    while ready < 128:
+        _until(lambda before=ready: _host_pages(w) > before)
+        ready = _host_pages(w)
+        sizes.append(ready)
+        for _ in range(2):
+            _score_all(w)
+        w.engine.check()
+        pinning.allow()
+    assert w.engine.drain(30)
+    assert sizes == [64, 128]
+    assert w.tiers.index.stats().host.used > 64
+    assert w.value("restored_batches_total", "load") > 0
+    w.assert_empty()
 
 
 def test_a_chunk_that_cannot_be_pinned_leaves_a_smaller_tier_that_serves(world: Make, pinned_by: PinnedBy) -> None:

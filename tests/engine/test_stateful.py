@@ -27,7 +27,7 @@ MODELS = {
     "full-static": [small_model(seed, **SMALL) for seed in (0, 1)],
     "causal": [small_model(seed, **SMALL, **CAUSAL) for seed in (0, 1)],
 }
-TOLERANCES = {"kv": 1e-5, "kv8": 0.02, "x8": 0.02, "x4": 0.3}
+TOLERANCES = {"kv": 1e-5, "kv8": 0.05, "x8": 0.05, "x4": 0.3}
 # A load of a few layers takes about as long as they take to encode: batches choose now one way, now another.
 EVEN = Costs(
     link=((1, 5e7), (4096, 2e8)), load_s=2e-6, batch_s=0.0, layer_s=1e-6, row_s=1e-6, pair_s=2e-8, unpack_s=1e-8
@@ -51,7 +51,7 @@ class EngineMachine(RuleBasedStateMachine):
         host_pages=st.sampled_from([0, 2, 9, 30]),
         page_tokens=st.sampled_from([1, 3, 4]),
         late=st.booleans(),
-        overlap=st.booleans(),
+        overlap=st.sampled_from(["no", "early", "late"]),
         batch=st.sampled_from([7, 20, 1000]),
         idle_ms=st.sampled_from([0, 40]),
         slow=st.sampled_from([0.0, 0.0, 0.4]),
@@ -66,7 +66,7 @@ class EngineMachine(RuleBasedStateMachine):
         host_pages: int,
         page_tokens: int,
         late: bool,
-        overlap: bool,
+        overlap: str,
         batch: int,
         idle_ms: int,
         slow: float,
@@ -90,8 +90,8 @@ class EngineMachine(RuleBasedStateMachine):
             max_batch_requests=5,
             write_back_idle_ms=idle_ms,
         )
-        if overlap:
-            self.world.overlap()
+        if overlap != "no":
+            self.world.overlap(late=overlap == "late")
         for count, user in enumerate("abcd"):
             self.world.put(user, 6 * count + 3)
         self.mover: DelayedMover = self.world.delay_copies(late, self._fault, near_loads)
@@ -185,7 +185,7 @@ class EngineMachine(RuleBasedStateMachine):
         """Let every copy end and every request be answered."""
         for _ in range(2000):
             self.mover.release_all()
-            if not self.world.step() and not self.world.tiers.mover.pending():
+            if not self.world.step() and not self.world.engine._core.busy() and not self.world.tiers.mover.pending():
                 break
             self.world.clock.now += 0.01
         assert all(pending.future.done() for pending in self.pending)
