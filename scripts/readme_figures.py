@@ -206,10 +206,35 @@ def format_lines(result: Result) -> Lines:
     ]  # fmt: skip
     model = result["model"]
     return [
-        f"Prefixes restored from what the host may keep (the engine keeps `kv` so far), in fp32, a model of {model['layers']} layers of width",
+        f"Prefixes restored from what the host may keep, in fp32, a model of {model['layers']} layers of width",
         f"{model['d']}, trained on a generated trace; {result['requests']} requests, {result['candidates']:,} candidates ({hardware(result['stamp'])}):",
         "",
         *table(columns, rows),
+    ]
+
+
+def restore_lines(result: Result) -> Lines:
+    """Whole batches of users whose states only the host has, by the way in which these come back."""
+    columns = [
+        "batch", "encoded again, ms", "loaded, ms", "split, ms", "`auto`, ms", "`auto` loads from layer",
+        "`auto` over the best forced", "over encoding again",
+    ]  # fmt: skip
+    rows = [
+        [
+            case["name"], *(number(case["ms"][way], 2) for way in ("recompute", "load", "split", "auto")),
+            str(case["first_layer"]), number(case["auto_over_best"], 2), number(case["auto_over_recompute"], 2),
+        ]
+        for case in (*result["table"], *result["grid"])
+    ]  # fmt: skip
+    cases = len(result["table"]) + len(result["grid"])
+    close = sum(case["auto_over_best"] <= 1.05 for case in (*result["table"], *result["grid"]))
+    return [
+        f"Users whose states only the host has, whole batches from their queue to their answers, medians ({hardware(result['stamp'])};",
+        "B users, L tokens on the host, its format; 128 new behaviours and 256 candidates each, `kuairand` 512, `mtgr-large` 64 new):",
+        "",
+        *table(columns, rows),
+        "",
+        f"In {close} of {cases} `auto` is within 5% of the best forced way.",
     ]
 
 
@@ -248,6 +273,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Result], Lines]], ...] = (
     ("product.json", "make gpu-check", product_lines),
     ("loop.json", "make gpu-check", loop_lines),
     ("transfer.json", "make gpu-check", transfer_lines),
+    ("restore.json", "make gpu-check", restore_lines),
     ("soak_cpu.json", "python benchmarks/soak.py", soak_lines),
     ("soak_cuda.json", "python benchmarks/soak.py --device cuda", soak_lines),
     ("soak_cuda_2.json", "python benchmarks/soak.py --device cuda", soak_lines),
