@@ -122,6 +122,7 @@ class _BatchLayout:
         full_attention: bool,
         plain_norm: bool,
         gap_thresholds: npt.NDArray[np.int64],
+        rows_of_thread: int,
     ) -> None: ...
     def plan(
         self,

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <system_error>
+#include <thread>
 #include <utility>
 
 #include "../cache/errors.h"
@@ -14,6 +16,7 @@ namespace {
 constexpr int64_t kMaxTokens = int64_t{1} << 24;  // of a slot's prefix, and rows of a batch
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 constexpr int32_t kGroupC = 3;  // after U, S, R
+constexpr int64_t kMaxThreads = 8;
 
 std::string entry(const char* field, size_t index) { return std::string(field) + "[" + std::to_string(index) + "]"; }
 
@@ -143,18 +146,22 @@ void check_out(const BatchOut& out, const Extent& extent, int64_t slots) {
         throw invalid_argument("raw", "has no room for " + std::to_string(extent.raw_bytes) + " bytes");
 }
 
-// Writes a batch that has been checked.
-class Writer {
-public:
-    Writer(const LayoutModel& model, const BatchRequest& request, const BatchOut& out, const Extent& extent)
-        : model_(model), request_(request), out_(out), extent_(extent), next_(extent.first_token) {}
+// Where a slot's rows, tokens and jobs begin.
+struct Place {
+    size_t slot = 0, job = 0;
+    int64_t row = 0;
+    std::vector<int64_t> next;  // token of each kind
+};
 
-    void write() {
-        for (size_t b = 0; b < request_.slots.size(); ++b) write_slot(b);
-        std::fill(out_.limit.data + first_, out_.limit.data + out_.limit.rows, 0);
-        std::fill(out_.group.data + first_, out_.group.data + out_.group.rows, 0);
-        std::fill(out_.target.data + first_, out_.target.data + out_.target.rows, -1);
-        write_tiles();
+// Writes some slots, one behind the other, of a batch that has been checked: nothing here fails.
+class SlotWriter {
+public:
+    SlotWriter(const LayoutModel& model, const BatchRequest& request, const BatchOut& out, const Extent& extent, Place place)
+        : model_(model), request_(request), out_(out), extent_(extent), next_(std::move(place.next)), first_(place.row),
+          slot_(place.slot), job_(place.job) {}
+
+    void write(size_t end) {
+        for (; slot_ < end; ++slot_) write_slot(slot_);
     }
 
 private:
@@ -253,7 +260,74 @@ private:
         first_ += count;
     }
 
-    void write_tiles() {
+    const LayoutModel& model_;
+    const BatchRequest& request_;
+    const BatchOut& out_;
+    const Extent& extent_;
+    std::vector<int64_t> next_;  // the next token of each kind
+    int64_t first_;              // the next row
+    size_t slot_, job_;
+};
+
+// Writes a batch that has been checked. Large ones by several threads: the rows are copied out of as many histories, at the
+// memory's pace, and the device waits for them.
+class Writer {
+public:
+    Writer(const LayoutModel& model, const BatchRequest& request, const BatchOut& out, const Extent& extent)
+        : model_(model), request_(request), out_(out), extent_(extent) {}
+
+    void write() const {
+        const std::vector<Place> places = cut();
+        std::vector<std::thread> others;
+        for (size_t part = 1; part + 1 < places.size(); ++part) {
+            const auto write = [this, &places, part] { write_part(places, part); };
+            try {
+                others.emplace_back(write);
+            } catch (const std::system_error&) {  // the system has no more threads
+                write();
+            }
+        }
+        write_part(places, 0);
+        const int64_t rows = extent_.rows();
+        std::fill(out_.limit.data + rows, out_.limit.data + out_.limit.rows, 0);
+        std::fill(out_.group.data + rows, out_.group.data + out_.group.rows, 0);
+        std::fill(out_.target.data + rows, out_.target.data + out_.target.rows, -1);
+        write_tiles();
+        for (std::thread& each : others) each.join();
+    }
+
+private:
+    void write_part(const std::vector<Place>& places, size_t part) const {
+        SlotWriter(model_, request_, out_, extent_, places[part]).write(places[part + 1].slot);
+    }
+
+    // Where parts of about as many rows begin, and where the last ends.
+    std::vector<Place> cut() const {
+        const int64_t parts = std::clamp(extent_.rows() / model_.rows_of_thread, int64_t{1}, kMaxThreads);
+        Place place;
+        place.next = extent_.first_token;
+        std::vector<Place> places{place};
+        for (; place.slot < request_.slots.size(); pass(place))
+            if (place.row * parts >= extent_.rows() * static_cast<int64_t>(places.size())) places.push_back(place);
+        places.push_back(place);
+        return places;
+    }
+
+    // From one slot to the next.
+    void pass(Place& place) const {
+        const SlotSpan& slot = request_.slots[place.slot++];
+        const int32_t users = model_.users;
+        for (int32_t kind = slot.cached; kind < std::min(slot.encode_to, users); ++kind) ++place.next[kind];
+        place.next[users] += std::max(slot.encode_to, users) - std::max(slot.cached, users);
+        place.row += slot.encode_to - slot.cached;
+        for (int32_t i = 0; i < slot.jobs; ++i) {
+            const int64_t candidates = request_.jobs[place.job++].candidates.rows;
+            place.next[users + 1] += candidates;
+            place.row += candidates;
+        }
+    }
+
+    void write_tiles() const {
         int64_t tile = 0;
         const auto put = [&](int64_t kind, int64_t first, int64_t tokens) {
             const int32_t line[kTileWords] = {static_cast<int32_t>(kind), static_cast<int32_t>(first), static_cast<int32_t>(tokens), 0};
@@ -271,9 +345,6 @@ private:
     const BatchRequest& request_;
     const BatchOut& out_;
     const Extent& extent_;
-    std::vector<int64_t> next_;  // the next token of each kind
-    int64_t first_ = 0;          // the next row
-    size_t job_ = 0;
 };
 
 }  // namespace
@@ -288,6 +359,7 @@ BatchLayout::BatchLayout(LayoutModel model) : model_(std::move(model)) {
         if (bytes < 8 || bytes > kMaxInt32) throw invalid_argument(field, std::to_string(bytes) + " holds no int64 time_ms, or is above 2^31 - 1");
     positive(model_.page_tokens, "page_tokens");
     positive(model_.tile_tokens, "tile_tokens");
+    positive(model_.rows_of_thread, "rows_of_thread");
     if (model_.gap_thresholds.empty() || !std::is_sorted(model_.gap_thresholds.begin(), model_.gap_thresholds.end()))
         throw invalid_argument("gap_thresholds", "needs at least one, ascending");
 }

@@ -21,6 +21,7 @@ struct LayoutModel {
     bool full_attention;  // U and S see all of U and S
     bool plain_norm;      // one group for all rows
     std::vector<int64_t> gap_thresholds;  // ascending: the smallest gap of each bucket, ms
+    int64_t rows_of_thread;  // a batch of so many rows more is laid out by one thread more, up to a few
 };
 
 // Prefix tokens [cached, encode_to) are new, [0, frozen) are U and S, [0, stored) have a page.

@@ -14,6 +14,8 @@ from mtserve.kernels.token_embedding.batch import TILE_TOKENS
 from mtserve.model.ranking import RankingModel
 from mtserve.model.tokeniser import GAP_THRESHOLDS_MS
 
+# Half a millisecond of copying out of histories that no cache holds: several times what it takes to start a thread.
+ROWS_OF_THREAD = 32768
 # Sections of the feature rows begin at multiples of this many bytes.
 _ALIGNMENT = 16
 
@@ -24,7 +26,8 @@ class Planner:
     What is done once a token, a page or an array is done by the C++ core; here is only what slots and jobs say.
     """
 
-    def __init__(self, model: RankingModel, page_tokens: int) -> None:
+    def __init__(self, model: RankingModel, page_tokens: int, *, rows_of_thread: int = ROWS_OF_THREAD) -> None:
+        """`rows_of_thread`: a batch of so many rows more is laid out by one thread more, up to eight."""
         schema = model.schema
         self._page_tokens = page_tokens
         self._users = len(schema.user)
@@ -39,6 +42,7 @@ class Planner:
             full_attention=model.config.static_attention == "full",
             plain_norm=model.config.norm == "plain",
             gap_thresholds=GAP_THRESHOLDS_MS,
+            rows_of_thread=rows_of_thread,
         )
 
     def plan(

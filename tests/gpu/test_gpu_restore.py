@@ -130,6 +130,7 @@ def fail_some(rng: np.random.Generator) -> Fault:
     return fault
 
 
+@pytest.mark.calibrates
 def test_costs_are_calibrated_and_decide(restoring: tuple[World, str], bf16_error: float) -> None:
     w, host_format = restoring
     costs = w.tiers.restoring._costs
