@@ -69,7 +69,10 @@ class Launched:
 
 
 class GraphRunner:
-    """Executes plans with the CUDA kernels. `capture=False` launches kernel by kernel: the same results, slower."""
+    """Executes plans with the CUDA kernels, as graphs from the second batch of a kind on.
+
+    `capture=False` launches kernel by kernel: the same results, slower.
+    """
 
     overlaps = True
 
@@ -95,6 +98,7 @@ class GraphRunner:
         self._copy = HostCopy()
         self._context = current_context()
         self._graphs: OrderedDict[GraphKey, torch.cuda.CUDAGraph] = OrderedDict()
+        self._seen: set[GraphKey] = set()
         self._rows = self._padded_rows = self._captures = 0
 
     def room(self, size: BatchSize) -> BatchArrays:
@@ -161,6 +165,10 @@ class GraphRunner:
             return
         graph = self._graphs.get(key)
         if graph is None:
+            if key not in self._seen:
+                self._seen.add(key)  # there are a few thousand at most
+                self._run(key)
+                return
             graph = self._record(key)
         self._graphs.move_to_end(key)
         launch_graph(graph.raw_cuda_graph_exec(), stream)
@@ -190,12 +198,11 @@ class GraphRunner:
 
     @torch.inference_mode()
     def _record(self, key: GraphKey) -> torch.cuda.CUDAGraph:
-        """Capture on demand, after a run outside that compiles and loads what is lazy.
+        """Capture what a batch before has run kernel by kernel, so that all is compiled and loaded.
 
-        That run does the batch's work, which the graph then does again: tokens, states and logits are written anew.
+        Capturing waits for the device. Batches of a kind that comes once, of which there are many where batches are of all
+        sizes and split anywhere, so never wait.
         """
-        self._run(key)
-        torch.cuda.synchronize(self._model.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._run(key)
