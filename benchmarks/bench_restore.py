@@ -32,7 +32,7 @@ from mtserve.provenance import stamp  # noqa: E402
 COLOURS = {"recompute": "#8a8f98", "load": "#c98a1b", "split": "#3f8f6b", "auto": "#2b5fab"}
 
 WAYS = ("recompute", "load", "split", "auto")
-ROUNDS = 7
+ROUNDS, WARM_UP = 7, 5  # graphs are captured meanwhile
 LARGEST_ERROR = {"kv": 0.02, "kv8": 0.025, "x8": 0.025, "x4": 0.06}  # relative L2; bf16 alone makes up to 0.015
 
 TABLE = (
@@ -62,7 +62,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
                 f"{case.name}: {worst} differs from a full recompute by {errors[worst]:.2e} (relative L2); no report"
             )
         for way in WAYS:
-            for _ in range(2):
+            for _ in range(WARM_UP):
                 turns.restore(way)
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         laps: dict[str, dict[str, float]] = {}

@@ -48,7 +48,17 @@ def run_tests() -> dict[str, int]:
     """Counts of the tests marked gpu; exits when one failed or none ran."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "--durations", "12", f"--junitxml={report}", "tests/gpu"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "--durations",
+            "12",
+            f"--junitxml={report}",
+            "tests/gpu",
+        ]
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         suite = ElementTree.parse(report).getroot().find("testsuite")
         assert suite is not None

@@ -81,7 +81,7 @@ class Turns:
 
     def restore(self, way: str) -> Turn:
         """A batch of the group that the device does not hold."""
-        self.restoring._way = way
+        self.restoring.way = way
         users = self.groups[self._turn % 2]
         self._turn += 1
         for user in users:

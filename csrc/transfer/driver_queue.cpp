@@ -1,6 +1,7 @@
 #include "driver_queue.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <utility>
@@ -48,13 +49,15 @@ int copy_one_by_one(uintptr_t function, const std::vector<int64_t>& to, const st
                     const std::vector<int64_t>& sizes, uintptr_t stream) {
     const auto copy = reinterpret_cast<int (*)(uint64_t, uint64_t, size_t, void*)>(function);
     for (size_t i = 0; i < to.size(); ++i) {
-        const int code = copy(static_cast<uint64_t>(to[i]), static_cast<uint64_t>(source[i]), static_cast<size_t>(sizes[i]), pointer(stream));
+        const int code = copy(static_cast<uint64_t>(to[i]), static_cast<uint64_t>(source[i]),
+                              static_cast<size_t>(sizes[i]), pointer(stream));
         if (code != 0) return code;
     }
     return 0;
 }
 
-int copy_some(const DriverFunctions& functions, int64_t* to, int64_t* source, int64_t* sizes, int64_t count, uintptr_t stream) {
+int copy_some(const DriverFunctions& functions, int64_t* to, int64_t* source, int64_t* sizes, int64_t count,
+              uintptr_t stream) {
     CopyAttributes attributes;
     size_t used_from = 0, failed = 0;
     if (functions.batch_reports_failed) {
@@ -75,30 +78,38 @@ struct DriverQueue::Shared {
     std::deque<std::vector<Step>> waiting;
     std::map<uint64_t, DriverFailure> failures;
     uint64_t submitted = 0, done = 0;
-    bool stopping = false, stopped = false;
+    std::atomic<bool> stopping = false;
+    bool stopped = false;
 
     void run(uintptr_t set_context, uintptr_t context) {
         reinterpret_cast<int (*)(void*)>(set_context)(pointer(context));
         std::unique_lock lock(mutex);
         while (true) {
             changed.wait(lock, [&] { return stopping || !waiting.empty(); });
-            if (waiting.empty()) break;
-            const std::vector<Step> steps = std::move(waiting.front());
+            if (stopping) break;
+            std::vector<Step> steps = std::move(waiting.front());
             waiting.pop_front();
             lock.unlock();
-            DriverFailure first;
-            for (const Step& step : steps) {
-                if (first.function && !step.always) continue;
-                const DriverFailure failed = step.call();
-                if (!first.function) first = failed;
-            }
+            const DriverFailure failed = make_calls(steps);
+            steps.clear();  // while nobody waits for the lock
             lock.lock();
-            if (first.function) failures[done + 1] = first;
+            if (failed.function) failures[done + 1] = failed;
             ++done;
             changed.notify_all();
         }
         stopped = true;
         changed.notify_all();
+    }
+
+    DriverFailure make_calls(const std::vector<Step>& steps) const {
+        DriverFailure first;
+        for (const Step& step : steps) {
+            if (stopping) break;
+            if (first.function && !step.always) continue;
+            const DriverFailure failed = step.call();
+            if (!first.function) first = failed;
+        }
+        return first;
     }
 };
 

@@ -1,6 +1,6 @@
-// Calls of the CUDA driver that queue work on streams, made by a thread of their own: a call takes a microsecond a copy,
-// and a load has hundreds. The driver's functions are looked up by the caller, so that this is built and runs where there
-// is no driver.
+// Calls of the CUDA driver that queue work on streams, made by a thread of their own: a call takes a microsecond a
+// copy, and a load has hundreds. The driver's functions are looked up by the caller, so that this is built and runs
+// where there is no driver.
 #pragma once
 
 #include <condition_variable>
@@ -32,7 +32,8 @@ struct DriverFailure {
 class DriverQueue {
 public:
     DriverQueue(DriverFunctions functions, uintptr_t context);
-    // Waits for what it is doing for a second at most: a call that hangs in the driver is left to the process's end.
+    // No call is made any more. Waits for that under way for a second at most: one that hangs in the driver is left to
+    // the process's end, and is the last, whatever it finds there.
     ~DriverQueue();
     DriverQueue(const DriverQueue&) = delete;
     DriverQueue& operator=(const DriverQueue&) = delete;
@@ -43,7 +44,7 @@ public:
                       int64_t pitch, uintptr_t stream);
     void record(uintptr_t event, uintptr_t stream);
     void hold_back(uintptr_t stream, uintptr_t event);
-    // A programmatic dependent launch of `grid` blocks; `parameters` are the values of the kernel's parameters.
+    // A programmatic dependent launch of `grid` blocks; `parameters` are the values of what it takes.
     void launch(uintptr_t function, uint32_t grid, uint32_t threads, uint32_t shared_bytes, uintptr_t stream,
                 std::vector<std::string> parameters);
 

@@ -1,7 +1,7 @@
 """Measures what restoring costs on this machine, once, before the engine serves.
 
     link     copies from the arena to the pool, in pieces of several sizes that lie anywhere, as the mover makes them
-    layers   a few synthetic batches through the runner, each RUNS times after one that compiles and captures
+    layers   a few synthetic batches through the runner, each RUNS times after some that compile and capture
     unpack   the mover's unpacker on few and on many pages
 
 Medians count. No index may have given pages out yet: the pool's are overwritten.
@@ -40,7 +40,7 @@ from mtserve.types import Clock, History
 
 log = logging.getLogger(__name__)
 
-RUNS = 3
+RUNS, WARM_UP = 3, 4  # the runner compiles, and captures a graph, meanwhile
 UNIT_TOKENS = {"cuda": 64, "cpu": 2}  # of the shapes below
 LINK_BYTES = 64 << 20  # copied once a size: 1.2 ms of PCIe 5 x16
 LINK_PIECES = 256
@@ -94,9 +94,7 @@ def calibrate(
     load_s, link = _measure_link(mover, host_pages, clock) if host_pages else (0.0, ())
     unpack_s = _measure_unpacking(mover, config.page_tokens, model.device, clock)
     trial = _Trial(runner, planner, builder, config, len(mover.pool), clock)
-    unit = UNIT_TOKENS[model.device.type]
-    shapes = dict.fromkeys(trial.fitted(BatchShape(shape[0], *(unit * n for n in shape[1:]))) for shape in SHAPES)
-    samples = [trial.run(shape) for shape in shapes]
+    samples = [trial.run(shape) for shape in batch_shapes(builder, config, len(mover.pool), model.device)]
     launch_s = min(sample.start_s for sample in samples) if runner.overlaps else 0.0
     layer_s, row_s, pair_s = _fit(samples, launch_s, model.config.layers)
     plan_s, plan_row_s = _fit_planning(samples)
@@ -108,7 +106,9 @@ def calibrate(
     return costs
 
 
-def cost_key(model: RankingModel, config: EngineConfig, kernels: str, host_format: str, host_pages: int) -> CostKey:
+def cost_key(
+    builder: SequenceBuilder, mover: Mover, model: RankingModel, config: EngineConfig, kernels: str, *, host_pages: int
+) -> CostKey:
     """What `calibrate`'s result depends on, for keeping it from start to start."""
     shape, cuda = model.config, model.device.type == "cuda"
     try:
@@ -120,9 +120,33 @@ def cost_key(model: RankingModel, config: EngineConfig, kernels: str, host_forma
         software=f"mtserve {__version__}, torch {torch.__version__}, cuda {torch.version.cuda}, {driver}",
         kernels=f"{kernels}, graphs {config.graphs}, deterministic {config.deterministic}",
         layers=shape.layers, d=shape.d, heads=shape.heads, head_dim=shape.head_dim,
-        dtype=str(model.dtype).removeprefix("torch."), page_tokens=config.page_tokens, format=host_format,
-        host=host_pages > 0,
+        dtype=str(model.dtype).removeprefix("torch."), page_tokens=config.page_tokens, format=config.host_format,
+        batches=" ".join(map(str, (tuple(each) for each in batch_shapes(builder, config, len(mover.pool), model.device)))),
+        link_bytes=_link_bytes(mover, host_pages),
     )  # fmt: skip
+
+
+def batch_shapes(
+    builder: SequenceBuilder, config: EngineConfig, pool_pages: int, device: torch.device
+) -> tuple[BatchShape, ...]:
+    """Those to be timed: the nearest to SHAPES that the model, the pool and the largest batch admit."""
+    unit = UNIT_TOKENS[device.type]
+    wanted = (BatchShape(shape[0], *(unit * n for n in shape[1:])) for shape in SHAPES)
+    return tuple(dict.fromkeys(_fitted(shape, builder, config, pool_pages) for shape in wanted))
+
+
+def _fitted(shape: BatchShape, builder: SequenceBuilder, config: EngineConfig, pool_pages: int) -> BatchShape:
+    """The nearest that can be; one user is never too many."""
+    user_tokens, page_tokens, most = len(builder.schema.user), config.page_tokens, config.max_batch_tokens
+    users, cached, delta, candidates = shape
+    longest = min(user_tokens + builder.config.max_history, pool_pages * page_tokens)
+    candidates = min(candidates, config.max_candidates, most)
+    delta = min(delta, longest, max(1, most - candidates))
+    cached = min(cached, longest - delta)
+    delta += max(0, user_tokens - cached - delta)  # the least that a prefix has
+    pages = -(-(cached + delta) // page_tokens)
+    users = min(users, config.max_batch_requests, pool_pages // pages, most // (delta + candidates))
+    return BatchShape(max(1, users), cached, delta, candidates)
 
 
 def _fit_planning(samples: list[Sample]) -> tuple[float, float]:
@@ -154,24 +178,10 @@ class _Trial:
         self._runner, self._planner, self._builder, self._config = runner, planner, builder, config
         self._pages, self._clock = pages, clock
 
-    def fitted(self, shape: BatchShape) -> BatchShape:
-        """The nearest shape that the model, the pool and the largest batch admit; one user is never too many."""
-        config, model, user_tokens = self._config, self._builder.config, len(self._builder.schema.user)
-        page_tokens, most = config.page_tokens, config.max_batch_tokens
-        users, cached, delta, candidates = shape
-        longest = min(user_tokens + model.max_history, self._pages * page_tokens)
-        candidates = min(candidates, config.max_candidates, most)
-        delta = min(delta, longest, max(1, most - candidates))
-        cached = min(cached, longest - delta)
-        delta += max(0, user_tokens - cached - delta)  # the least that a prefix has
-        pages = -(-(cached + delta) // page_tokens)
-        users = min(users, config.max_batch_requests, self._pages // pages, most // (delta + candidates))
-        return BatchShape(max(1, users), cached, delta, candidates)
-
     def run(self, shape: BatchShape) -> Sample:
-        """Medians of RUNS batches of `shape`, which is `fitted`."""
+        """Medians of RUNS batches of `shape`, one of `batch_shapes`."""
         slots, reservation = self._slots(shape)
-        found = [self._time(slots, reservation) for _ in range(1 + RUNS)][1:]
+        found = [self._time(slots, reservation) for _ in range(WARM_UP + RUNS)][WARM_UP:]
         plan_s, start_s, total_s = (median(each[place] for each in found) for place in (2, 3, 4))
         return found[0]._replace(plan_s=plan_s, start_s=start_s, total_s=total_s)
 
@@ -200,13 +210,17 @@ class _Trial:
         return slots, Reservation(-1, begin, end, pages.reshape(shape.users, width), len(pages))
 
 
+def _link_bytes(mover: Mover, host_pages: int) -> int:
+    """Bytes that are copied once a size of piece."""
+    host_pages = min(host_pages, mover.chunk_pages or host_pages)  # no copy may cross into another chunk
+    return min(host_pages * mover.pool[:1].nbytes, mover.pool.nbytes, LINK_BYTES)
+
+
 def _measure_link(mover: Mover, host_pages: int, clock: Clock) -> tuple[float, tuple[tuple[int, float], ...]]:
     """Seconds of the smallest copy by itself, and the link's rates; of copies as the mover makes them, past its jobs:
     nobody is told of these, and no fault that is meant for jobs hits them.
     """
-    host_pages = min(host_pages, mover.chunk_pages or host_pages)  # no copy may cross into another chunk
-    page_bytes = mover.pool[:1].nbytes
-    region = min(host_pages * page_bytes, mover.pool.nbytes, LINK_BYTES)
+    page_bytes, region = mover.pool[:1].nbytes, _link_bytes(mover, host_pages)
     layer_bytes = page_bytes // mover.pool.shape[1]
     copies = _copies(mover)
     alone_s = _median_s(partial(copies, np.zeros(1, dtype=np.int64), layer_bytes), clock)

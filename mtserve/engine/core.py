@@ -38,7 +38,7 @@ from mtserve.model.ranking import RankingModel
 from mtserve.model.weights import fingerprint
 from mtserve.restore.costs import Costs
 from mtserve.transfer.chaos import Chaos
-from mtserve.transfer.mover import Fault
+from mtserve.transfer.mover import Fault, Unpacker
 from mtserve.types import Clock, History
 
 log = logging.getLogger(__name__)
@@ -103,13 +103,17 @@ class Core:
     def _install(self, model: RankingModel) -> None:
         if model.device != self.device or model.dtype != self.dtype:
             model = copy.deepcopy(model).to(self.device, self.dtype)
-        self.model = model
-        self.fingerprint = fingerprint(model)
-        key = f"{self.fingerprint} {self.dtype} {self._shape.sizes}"
-        self.builder = SequenceBuilder(model.config, model.schema, key)
+        digest = fingerprint(model)
+        key = f"{digest} {self.dtype} {self._shape.sizes}"
+        builder = SequenceBuilder(model.config, model.schema, key)
+        planner, runner = Planner(model, self.config.page_tokens), self._make_runner(model)
+        unpacker = self._make_unpacker(model)
+        # All or nothing: what the weights of one model packed, those of another would unpack to wrong states.
+        self.model, self.fingerprint, self.builder = model, digest, builder
         self._no_logits = np.empty((0, len(model.config.tasks)), dtype=np.float32)
-        self._planner = Planner(model, self.config.page_tokens)
-        self._runner = self._make_runner(model)
+        self._planner, self._runner = planner, runner
+        if unpacker is not None and self.tiers is not None:
+            self.tiers.unpack_by(unpacker)
 
     def _restore_by(self, costs: Costs | None) -> None:
         """Let batches decide how states come back, where anything is known of what that costs."""
@@ -125,12 +129,14 @@ class Core:
             self.tiers.restore_by(costs, frozen_sees_all=model.static_attention == "full")
 
     def _make_runner(self, model: RankingModel) -> BatchRunner:
-        if self.memory is None or self.tiers is None:
+        if self.memory is None:
             return make_runner(model, self.config, self.kernels, None)
-        states, packed = self.memory.pool, self.memory.packed
-        if packed is not None:
-            self.tiers.mover.unpacker = make_unpacker(self.kernels, packed, states, model)
-        return make_runner(model, self.config, self.kernels, states, packed)
+        return make_runner(model, self.config, self.kernels, self.memory.pool, self.memory.packed)
+
+    def _make_unpacker(self, model: RankingModel) -> Unpacker | None:
+        if self.memory is None or self.memory.packed is None:
+            return None
+        return make_unpacker(self.kernels, self.memory.packed, self.memory.pool, model)
 
     def admit(self, job: Job) -> None:
         """Queue `job`. Raises ResourceExhausted when the queue is full."""
@@ -155,10 +161,10 @@ class Core:
         slots = self.scheduler.take(self._cached, self._spare, self._restorable, idle=idle)
         launched = self._launch(slots) if slots else None
         lap("planning")
-        if idle and self._restores:
-            progress |= self._onload()  # what the batch that was to come first has left
-            lap("copies")
         try:
+            if idle and self._restores:
+                progress |= self._onload()  # what the batch that was to come first has left
+                lap("copies")
             landed = self.land()
         finally:
             self._flight = launched
@@ -259,10 +265,11 @@ class Core:
             self._metrics.count_many((("batches_over_loads_total", 1, ""), *groups))
         now = self._clock()
         seconds = now - flight.began
-        if flight.reservation is None or flight.reservation.restored is None:
-            self._pace.landed(flight.began, now, flight.plan.tokens)
-        elif self.tiers is not None:
-            self.tiers.restored(flight.reservation.restored, seconds)
+        restored = None if flight.reservation is None else flight.reservation.restored
+        # The link's time says nothing of what a token takes.
+        self._pace.landed(flight.began, now, 0 if restored is not None and restored.loads else flight.plan.tokens)
+        if restored is not None and self.tiers is not None:
+            self.tiers.restored(restored, seconds)
         try:
             self._commit(flight.slots, flight.reservation, flight.plan, logits, seconds)
         except Exception as error:  # ours, or the device's end: the loop stops, but nobody waits for ever
@@ -371,6 +378,7 @@ class Core:
             "queue_length": len(self.scheduler),
             "tiers": {} if self.tiers is None else self.tiers.stats(),
             "transfers": {} if self.tiers is None else self.tiers.transfers(),
+            "restoring": {} if self.tiers is None else self.tiers.predictions(),
             "host_memory": {} if self.memory is None else self.memory.facts(),
             "runner": self._runner.stats(),
             "loop_seconds": dict(self.stopwatch.seconds),

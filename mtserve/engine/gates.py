@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mtserve.kernels.cuda.driver import Event
+from mtserve.kernels.cuda.driver import Event, OwnStream
 from mtserve.transfer.cuda_mover import LayerArrivals
 from mtserve.transfer.mover import Arrivals
 
@@ -36,9 +36,10 @@ class LayerWaits:
 class Gates:
     """Ties the waits to the loads of one batch and notes when each was over. Used again once its batch has landed."""
 
-    def __init__(self, waits: LayerWaits, groups: Sequence[int], device: torch.device) -> None:
+    def __init__(self, waits: LayerWaits, groups: Sequence[int]) -> None:
+        """`groups`: as those of `waits`. On the current device."""
         self._waits = waits
-        self._stream = torch.cuda.Stream(device)
+        self._stream = OwnStream()  # what waits here holds nobody else's work back
         self._began = Event(timed=True)
         self._came = {first: Event(timed=True) for first in groups}
 
@@ -47,7 +48,7 @@ class Gates:
         assert isinstance(arrivals, LayerArrivals)
         arrivals.queued()
         self._began.record(stream)
-        own = self._stream.cuda_stream
+        own = self._stream.handle
         for arrived, (first, came) in zip(arrivals.events, self._came.items(), strict=True):
             arrived.hold_back(own)
             came.record(own)

@@ -16,12 +16,7 @@ from mtserve.engine.heads import TaskHeads
 from mtserve.engine.metadata import Capacity, Metadata, bucket_rows
 from mtserve.engine.stack import Stack
 from mtserve.engine.tokens import TokenEmbedding
-from mtserve.kernels.cuda.driver import (
-    Event,
-    current_context,
-    launch_graph,
-    use_context,
-)
+from mtserve.kernels.cuda.driver import Event, OwnStream, current_context, launch_graph, use_context
 from mtserve.kernels.host_copy.cuda import HostCopy
 from mtserve.kernels.host_format.packed import PackedPages
 from mtserve.kernels.late_rows.triton import late_rows
@@ -31,6 +26,8 @@ from mtserve.transfer.mover import Arrivals
 
 # Graphs kept at once; the least recently used goes first. A graph of 8 layers takes a few hundred KiB.
 MAX_GRAPHS = 256
+# Batches of a kind launched kernel by kernel before it is captured, which takes about as long as they lose together.
+RUNS_BEFORE_CAPTURE = 3
 
 
 class GraphKey(NamedTuple):
@@ -69,7 +66,7 @@ class Launched:
 
 
 class GraphRunner:
-    """Executes plans with the CUDA kernels, as graphs from the second batch of a kind on.
+    """Executes plans with the CUDA kernels, as graphs once a kind of batch has come RUNS_BEFORE_CAPTURE times.
 
     `capture=False` launches kernel by kernel: the same results, slower.
     """
@@ -84,7 +81,7 @@ class GraphRunner:
         self._layers = model.config.layers
         capacity = Capacity.of(model.schema, rows, slots, width)
         tasks = len(model.config.tasks)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.cuda.device(model.device):  # the caller's thread may have another
             self._embedding = TokenEmbedding(model, capacity.rows)
             self._stack = Stack(model, pool, page_tokens, capacity.rows, packed=packed, deterministic=deterministic)
             self._late = torch.zeros_like(self._stack.buffers.x)  # rows of a split batch that go on
@@ -94,11 +91,12 @@ class GraphRunner:
             self._answers = [(torch.zeros(capacity.rows, tasks, pin_memory=True), Event()) for _ in range(2)]
             groups = layer_groups(model.config.layers)
             self._waits = LayerWaits(groups)
-            self._gates = [Gates(self._waits, groups, model.device) for _ in range(2)]
-        self._copy = HostCopy()
-        self._context = current_context()
+            self._gates = [Gates(self._waits, groups) for _ in range(2)]
+            self._copy = HostCopy()
+            self._context = current_context()
+            self._capturing = OwnStream()  # what others queued on it meanwhile would become part of the graph
         self._graphs: OrderedDict[GraphKey, torch.cuda.CUDAGraph] = OrderedDict()
-        self._seen: set[GraphKey] = set()
+        self._runs: dict[GraphKey, int] = {}  # batches of each kind that were launched kernel by kernel
         self._rows = self._padded_rows = self._captures = 0
 
     def room(self, size: BatchSize) -> BatchArrays:
@@ -165,8 +163,8 @@ class GraphRunner:
             return
         graph = self._graphs.get(key)
         if graph is None:
-            if key not in self._seen:
-                self._seen.add(key)  # there are a few thousand at most
+            runs = self._runs[key] = self._runs.get(key, 0) + 1  # of a few thousand keys at most
+            if runs <= RUNS_BEFORE_CAPTURE:
                 self._run(key)
                 return
             graph = self._record(key)
@@ -200,11 +198,12 @@ class GraphRunner:
     def _record(self, key: GraphKey) -> torch.cuda.CUDAGraph:
         """Capture what a batch before has run kernel by kernel, so that all is compiled and loaded.
 
-        Capturing waits for the device. Batches of a kind that comes once, of which there are many where batches are of all
-        sizes and split anywhere, so never wait.
+        Capturing takes milliseconds and waits for the device, where launching the kernels takes one or two: kinds that
+        hardly ever come, of which there are many where batches are of all sizes and split anywhere, are not worth it.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        stream = torch.cuda.ExternalStream(self._capturing.handle, self._model.device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._run(key)
         self._captures += 1
         self._graphs[key] = graph

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
+
 from mtserve.config import EngineConfig
 from mtserve.engine.calibration import calibrate, cost_key
 from mtserve.engine.planner import Planner
@@ -18,9 +22,11 @@ def known_costs(
     config: EngineConfig, kernels: str, *, host_pages: int,
 ) -> Costs:  # fmt: skip
     """Costs of `model` on this machine; calibrated, which overwrites pages of the pool, where nobody has done so before."""
-    known, key = CostCache(default_path()), cost_key(model, config, kernels, config.host_format, host_pages)
+    known = CostCache(default_path())
+    key = cost_key(builder, mover, model, config, kernels, host_pages=host_pages)
     costs = known.get(key)
     if costs is None:
-        costs = calibrate(runner, planner, builder, mover, model, config, host_pages=host_pages)
+        with torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():
+            costs = calibrate(runner, planner, builder, mover, model, config, host_pages=host_pages)
         known.put(key, costs)
     return costs

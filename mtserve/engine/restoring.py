@@ -56,9 +56,12 @@ class Restoring:
         *,
         frozen_sees_all: bool,
     ) -> None:
-        """`frozen_sees_all`: whether U and S rows see one another."""
+        """`frozen_sees_all`: whether U and S rows see one another.
+
+        `way`, as in `choose`, and `last`, what was decided last, are for benchmarks, which force and compare ways.
+        """
         self._index, self._mover, self._transfers, self._metrics = index, mover, transfers, metrics
-        self._costs, self._way, self._frozen_sees_all = costs, config.restore, frozen_sees_all
+        self._costs, self.way, self._frozen_sees_all = costs, config.restore, frozen_sees_all
         layers, layer_bytes = mover.pool.shape[1], mover.pool[:1, :1].nbytes
         self._layers, self._layer_bytes, self._page_tokens = layers, layer_bytes, config.page_tokens
         self._open: dict[int, bool | None] = {}  # loads of some layers: whether the copy succeeded, once it is over
@@ -76,32 +79,50 @@ class Restoring:
             return None
         begun = [(slot, self._index.begin_load(slot.user_id, slot.sequence.chain)) for slot in restored]
         brought = [(slot, load) for slot, load in begun if load is not None]  # the device may have no room for another
-        loads, needs = [load for _, load in brought], [self._need(slot, load) for slot, load in brought]
-        loading = {load.user for load in loads}
-        others = [self._work(slot) for slot in slots if slot.user_id not in loading]
-        choice = self._choose(loads, needs, Work(sum(each.rows for each in others), sum(each.pairs for each in others)))
+        loads = [load for _, load in brought]
+        try:
+            choice = self._decide(slots, brought)
+        except Exception:
+            self._end_all(loads)
+            raise
         self._metrics.count("restored_batches_total", 1, choice.way)
         self.last = choice
         if choice.first_layer == self._layers:
-            for load in loads:
-                self._index.end_load(load.ticket, False)
+            self._end_all(loads)
             return Restored(choice, (), {}, None)
         for slot, load in brought:
             _note_load(slot, load)
-        part = self._layer_bytes * (self._layers - choice.first_layer)
-        self._transfers.began(LOAD, loads, page_bytes=part)
+        before_copies()
+        return Restored(
+            choice, tuple(loads), {load.user: load.first_token for load in loads}, self._load(loads, choice)
+        )
+
+    def _decide(self, slots: Sequence[Slot], brought: Sequence[tuple[Slot, Load]]) -> Choice:
+        loading = {slot.user_id for slot, _ in brought}
+        others = [self._work(slot) for slot in slots if slot.user_id not in loading]
+        work = Work(sum(each.rows for each in others), sum(each.pairs for each in others))
+        return self._choose([load for _, load in brought], [self._need(slot, load) for slot, load in brought], work)
+
+    def _load(self, loads: Sequence[Load], choice: Choice) -> Arrivals:
+        self._transfers.began(LOAD, loads, page_bytes=self._layer_bytes * (self._layers - choice.first_layer))
         if choice.first_layer:
             self._open.update((load.ticket, None) for load in loads)
-        before_copies()
-        arrivals = self._mover.submit_split(loads, choice.first_layer)
-        return Restored(choice, tuple(loads), {load.user: load.first_token for load in loads}, arrivals)
+        try:
+            return self._mover.submit_split(loads, choice.first_layer)
+        except Exception:
+            self._doomed.update(load.ticket for load in loads if load.ticket in self._open)
+            raise
+
+    def _end_all(self, loads: Sequence[Load]) -> None:
+        for load in loads:
+            self._index.end_load(load.ticket, False)
 
     def _choose(self, loads: Sequence[Load], needs: Sequence[Need], others: Work) -> Choice:
         run_pages = self._mover.piece_pages(loads) if loads else 1.0
         groups = self._mover.split_groups(sum(len(load.gpu_pages) for load in loads))
         layout = Layout(self._layers, self._page_tokens, self._layer_bytes, groups, run_pages)
         busy_s, offsets = self._mover.load_s(self._transfers.moving_bytes(LOAD)), self.watch.offsets
-        return choose(self._costs, layout, needs, others, link_busy_s=busy_s, way=self._way, offsets=offsets)
+        return choose(self._costs, layout, needs, others, link_busy_s=busy_s, way=self.way, offsets=offsets)
 
     def _need(self, slot: Slot, load: Load) -> Need:
         candidates = sum(len(job.candidates) for job in slot.jobs)

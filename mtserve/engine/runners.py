@@ -28,7 +28,10 @@ def make_runner(
     pool: torch.Tensor | None,
     packed: PackedPages | None = None,
 ) -> BatchRunner:
-    """The runner for `kernels`, over `pool` (None: keep no states) and its `packed` twins. Room for the largest batch, or one user alone."""
+    """The runner for `kernels`, over `pool` (None: keep no states) and its `packed` twins.
+
+    It has room for the largest batch, or for one user alone.
+    """
     if kernels != "cuda":
         return Runner(model, load_kernels(kernels), pool, packed)
     # Only CUDA machines have what these kernels are built from.

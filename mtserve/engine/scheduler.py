@@ -199,11 +199,15 @@ class Scheduler:
                 batch.offer(job, min(tokens, job.prefix))
         if overdue is None and idle and batch.nothing_ready:
             for job in self.head():
+                if batch.full:
+                    break
                 tokens = restorable(job)
                 if tokens is not None:
                     batch.offer_restored(job, tokens)
         if overdue is None and batch.open_to_spare(idle):
             for job in filter(spare, self.head()):
+                if batch.full:
+                    break
                 batch.offer_whole(job)
         slots = batch.close()
         self.remove(job for slot in slots if not slot.partial for job in slot.jobs)

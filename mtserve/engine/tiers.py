@@ -27,7 +27,7 @@ from mtserve.engine.transfers import Transfers
 from mtserve.engine.write_back import WriteBack
 from mtserve.metrics import Metrics
 from mtserve.restore.costs import Costs
-from mtserve.transfer.mover import LOAD, STORE, Arrivals, Mover
+from mtserve.transfer.mover import LOAD, STORE, Arrivals, Mover, Unpacker
 from mtserve.transfer.pool import poison_of
 from mtserve.types import Clock
 from mtserve.units import parse_capacity
@@ -97,6 +97,7 @@ class Tiers:
         self._has_host = len(mover.arena) > 0
         self._config = config
         self.restoring: Restoring | None = None  # None: batches do not decide how states come back
+        self._unpackers: list[Unpacker] = []  # that were replaced, and that loads under way may still run
 
     def cached(self, job: Job) -> int | None:
         """Prefix tokens of `job` on the device; None while it should wait for room, or for its states to come."""
@@ -111,6 +112,12 @@ class Tiers:
         self.restoring = Restoring(
             self.index, self.mover, self._transfers, self._config, self._metrics, costs, frozen_sees_all=frozen_sees_all
         )
+
+    def unpack_by(self, unpacker: Unpacker) -> None:
+        """What makes states of the packed pages of loads from now on."""
+        if self.mover.unpacker is not None and self._transfers.under_way(LOAD):
+            self._unpackers.append(self.mover.unpacker)
+        self.mover.unpacker = unpacker
 
     def restorable(self, job: Job) -> int | None:
         """Prefix tokens of `job` on the device where a batch of its own may bring the rest; None for others."""
@@ -149,6 +156,8 @@ class Tiers:
             for copy in finished if self.restoring is None else self.restoring.withhold(finished):
                 end = self.index.end_load if copy.kind == LOAD else self.index.end_store
                 end(copy.ticket, copy.error is None)
+            if not self._transfers.under_way(LOAD):
+                self._unpackers.clear()
             self._poison_freed()
         for kind, user_id in self._transfers.newly_stuck():
             log.error("a %s of user %r has not ended within copy_timeout_ms", kind, user_id)
@@ -162,7 +171,7 @@ class Tiers:
         count = len(slots)
         cached, stored, table = self._cached[:count], self._stored[:count], self._page_table[:count]
         kept = [slot for slot in slots if slot.keep]
-        restored = None if self.restoring is None else self.restoring.begin(kept, self._note_evictions)
+        restored = None if self.restoring is None else self._begin_restore(self.restoring, slots)
         users = [slot.user_id for slot in kept]
         chains = [slot.sequence.chain[: slot.encode_to] if slot.partial else slot.sequence.chain for slot in kept]
         try:
@@ -182,6 +191,15 @@ class Tiers:
         else:
             arrivals = self.mover.arrivals(loads) if loads else None
         return Reservation(ticket, cached.copy(), stored.copy(), table, pages, loads, arrivals, restored)
+
+    def _begin_restore(self, restoring: Restoring, slots: Sequence[Slot]) -> Restored | None:
+        try:
+            return restoring.begin(slots, self._note_evictions)
+        except Exception:  # what the mover has of their loads is not known: they are encoded again, in other pages
+            for slot in slots:
+                if self._transfers.loading(slot.user_id) is not None:
+                    self.invalidate(slot.user_id)
+            raise
 
     def release(self, reservation: Reservation, slots: Sequence[Slot], success: bool) -> list[str]:
         """Make the batch's new states findable, or give its new pages back.
@@ -280,6 +298,10 @@ class Tiers:
     def transfers(self) -> dict[str, Any]:
         """Bytes, speed and failures of the copies each way, JSON-able."""
         return self._transfers.stats()
+
+    def predictions(self) -> dict[str, Any]:
+        """How well the batches that restored states were predicted, as in PredictionWatch; empty where none decides."""
+        return {} if self.restoring is None else self.restoring.watch.stats()
 
     def _poison_freed(self) -> None:
         """Fill freed pages with NaN: whoever reads one before it is written again shows at once."""

@@ -1,7 +1,8 @@
 """Programmatic dependent launch for Triton kernels: a kernel starts while the one before it ends.
 
 A kernel launched with `options` calls `start` first, and `wait` before it touches what kernels before it
-on the stream write or read; what is constant during a batch (weights, metadata) it may load between the two.
+on the stream write or read; what is constant during a batch (weights, metadata) it may load between the two. The first
+kernel of a batch, ahead of which the metadata comes, calls `start` after `wait`, or is launched without.
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ MAX_ENTRIES = 64
 class CostKey:
     """What costs depend on; not the weights. `software`: versions of the driver and the libraries, as one text.
 
-    `kernels`: everything that says how batches are run. `format`: of the host's pages. `host`: whether there were any.
+    `kernels`: everything that says how batches are run. `format`: of the host's pages. `batches`: which were timed, as
+    limits of the model, the pool and the configuration admit larger or smaller ones. `link_bytes`: copied once a size of
+    piece; 0 where the host had no pages.
     """
 
     gpu: str
@@ -39,7 +41,8 @@ class CostKey:
     dtype: str
     page_tokens: int
     format: str
-    host: bool
+    batches: str
+    link_bytes: int
 
 
 def default_path() -> Path | None:

@@ -4,8 +4,8 @@ A split at layer k: the device encodes layers [0, k) of the absent tokens, while
 from k on only new tokens and candidates are encoded. k = 0 loads everything, k = L recomputes. Two queues:
 
     link    link_busy_s, load_s, then layers k.. group by group
-    device  batch_s and the planning of its first rows, then layer by layer. Layer l < k: all rows. Layer l >= k: once its group is there, the unpacking
-            of what came, then the new rows
+    device  batch_s and the planning of its first rows, then layer by layer. Layer l < k: all rows. Layer l >= k: once
+            its group is there, the unpacking of what came, then the new rows
 
 Unpacking takes the device's time as the layers do, so it does not matter that it may begin before they ask for it.
 """
@@ -110,9 +110,10 @@ def choose(
 ) -> Choice:
     """The way of a batch that is to restore `needs`, beside `others`: what every layer computes anyway.
 
-    `link_busy_s`: what the link has to bring before. `offsets`: seconds to add to each way's model. `way`: "auto", the soonest, and recompute where that is as soon;
-    else as named, but recompute where there is no such way: without needs, a split of a single layer. Where nothing is
-    known of the link, the soonest is recompute, and what is said of a way that was named leaves the link's time out.
+    `link_busy_s`: what the link has to bring before. `offsets`: seconds to add to each way's model. `way`: "auto", the
+    soonest, and recompute where that is as soon; else as named, but recompute where there is no such way: without needs,
+    a split of a single layer. Where nothing is known of the link, the soonest is recompute, and what is said of a way
+    that was named leaves the link's time out.
     Raises InvalidArgument for a `way` that is none.
     """
     if way not in WAYS:

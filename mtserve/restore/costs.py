@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,8 +20,9 @@ class Costs:
 
     `link`: (bytes of a piece, bytes a second at which pieces of that size come), sizes rising; empty where the host
     brings nothing. `load_s`: latency of a load, whatever its size. Before the device's first layer a batch takes
-    `batch_s + rows * plan_row_s`. A layer takes `layer_s + rows * row_s + pairs * pair_s`; `pairs` are the keys that its rows see, in
-    all. `unpack_s`: of the device's time for a token and layer of what was loaded; 0 where states come as they are used.
+    `batch_s + rows * plan_row_s`. A layer takes `layer_s + rows * row_s + pairs * pair_s`; `pairs` are the keys that its
+    rows see, in all. `unpack_s`: of the device's time for a token and layer of what was loaded; 0 where states come as
+    they are used.
 
     Raises InvalidArgument naming the field that is not so.
     """
@@ -103,4 +105,5 @@ def _checked_link(link: Sequence[Sequence[Any]]) -> tuple[tuple[int, float], ...
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is one that a float can be: JSON's integers have no end."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -11,7 +11,9 @@ WAYS = ("load", "split", "recompute")
 log = logging.getLogger(__name__)
 
 WINDOW = 256
-RECENT = 16  # batches of a way, from which it is learned what the model leaves out
+# Batches of a way, from which it is learned what the model leaves out. Those that the window has lost do not count: a
+# way whose few batches were slow (the first, which compile) is tried again.
+RECENT = 16
 
 
 class _Sample(NamedTuple):
@@ -24,13 +26,17 @@ class _Sample(NamedTuple):
     def error(self) -> float:
         return abs(self.predicted_s - self.actual_s) / self.actual_s
 
+    @property
+    def beyond_s(self) -> float:
+        """What it took beyond the model."""
+        return self.actual_s - self.predicted_s + self.offset_s
+
 
 class PredictionWatch:
     """Predicted and actual seconds of the last `window` batches that restored states. One thread notes, any reads."""
 
     def __init__(self, window: int = WINDOW) -> None:
         self._samples: deque[_Sample] = deque(maxlen=window)
-        self._beyond: dict[str, deque[float]] = {}  # by way: seconds that batches of late took beyond the model
         self.offsets: dict[str, float] = {}
 
     def note(self, predicted_s: float, actual_s: float, way: str, offset_s: float = 0.0) -> None:
@@ -41,20 +47,23 @@ class PredictionWatch:
             return
         sample = _Sample(predicted_s, actual_s, way, offset_s)
         self._samples.append(sample)
-        self._learn(sample)
+        self._learn()
         log.debug(
             "%s: predicted %.3f ms, took %.3f ms, off by %.0f%%",
             way, predicted_s * 1e3, actual_s * 1e3, sample.error * 100,
         )  # fmt: skip
 
-    def _learn(self, sample: _Sample) -> None:
-        """`offsets`: seconds to add to the model of each way; to ways not seen yet, what the others take in the median.
+    def _learn(self) -> None:
+        """`offsets`: seconds to add to the model of each way; to ways not seen of late, what the others take in the median.
 
         What batches take beside the layers is much the same whichever way their states come.
         """
-        beyond = self._beyond.setdefault(sample.way, deque(maxlen=RECENT))
-        beyond.append(sample.actual_s - sample.predicted_s + sample.offset_s)
-        known = {way: median(values) for way, values in self._beyond.items()}
+        beyond: dict[str, list[float]] = {}
+        for sample in reversed(self._samples):
+            values = beyond.setdefault(sample.way, [])
+            if len(values) < RECENT:
+                values.append(sample.beyond_s)
+        known = {way: median(values) for way, values in beyond.items()}
         self.offsets = {**dict.fromkeys(WAYS, median(known.values())), **known}
 
     def error(self) -> float | None:

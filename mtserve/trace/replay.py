@@ -138,16 +138,21 @@ def _check_fit(trace: Trace, engine: EngineConfig, config: ReplayConfig) -> None
 
 
 def size_tiers(rows: TraceRows, model: RankingModel, engine: EngineConfig) -> tuple[int, EngineConfig]:
-    """(bytes of the working set's states, `engine` with shares of it turned into what each tier takes for them)."""
+    """(bytes of the working set's states, `engine` with shares of it turned into what each tier takes for them).
+
+    Without a host tier nothing is kept in its format: the scores are held to what the lossless one allows.
+    """
     dtype = resolve_dtype(engine.dtype, resolve_device(engine.device))
     states = page_shape(model.config, engine, dtype)
     pages = working_set_pages(
         rows.trace.user, rows.final_positions(), model.config, len(model.schema.user), engine.page_tokens
     )
     any_host = replace(engine, host_cache=resolve_capacity(engine.host_cache, pages, 1, "host_cache"))
-    page_bytes = Footprint.of(states, packed_format(model.config, any_host, states))
+    packed = packed_format(model.config, any_host, states)
+    page_bytes = Footprint.of(states, packed)
     return pages * states.bytes, replace(
         engine,
+        host_format=engine.host_format if packed is not None else "kv",
         gpu_cache=resolve_capacity(engine.gpu_cache, pages, page_bytes.gpu, "gpu_cache"),
         host_cache=resolve_capacity(engine.host_cache, pages, page_bytes.host, "host_cache"),
     )

@@ -1,9 +1,9 @@
-"""The mover on CUDA: the copy engines, one stream a direction, fed by the driver with the interpreter's lock kept.
+"""The mover on CUDA: the copy engines, one stream and one thread that feeds it a direction.
 
 Pieces and calls were chosen by measurement on an H200. `cuMemcpyBatchAsync` moves pages of 1 MiB that lie anywhere at
-54 GB/s each way and 46 both ways at once, of which single copies reach 47 and 37 (benchmarks/bench_transfer.py). Copies of
-part of a page's layers, strided over a run of pages, reached 51.5 from 2 MiB a piece on in a trial, which no benchmark
-repeats.
+54 GB/s each way and 46 both ways at once, of which single copies reach 47 and 37 (benchmarks/bench_transfer.py).
+Copies of part of a page's layers, strided over a run of pages, reached 51.5 from 2 MiB a piece on in a trial, which no
+benchmark repeats.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from mtserve.cache.index import Copy, PageIds
-from mtserve.errors import TransferFailed
-from mtserve.kernels.cuda.driver import CudaError, Event, current_context, use_context
+from mtserve.errors import MtserveError
+from mtserve.kernels.cuda.driver import Event, current_context, use_context
 from mtserve.kernels.cuda.queue import DriverQueue
+from mtserve.transfer.lane import NO_PAGES, CopyJob, Lane, Submission
 from mtserve.transfer.mover import LOAD, STORE, Fault, Finished, Ints, Mover, runs
 
 MAX_GROUPS = 4  # of layers, in which a long load comes over an idle link
@@ -38,31 +38,6 @@ QUEUED_PAGES = 768  # likewise: each may be a copy of its own
 SUBMISSION_PAGES = 256
 WAIT_S = 0.00005  # between two looks at what is under way
 LINK_BYTES_PER_S = 50e9  # what loads reach beside write-backs, over PCIe 5 x16
-
-
-@dataclass
-class _Job:
-    ticket: int
-    copy: Copy
-    error: TransferFailed | None
-
-
-@dataclass(eq=False)
-class _Submission:
-    """Jobs that end together: on the last of `events`, one for each group of layers, in the order of the stream.
-
-    `firsts`: the first layer of each group. `ticket`: of the calls that queue them, before whose end the events mean nothing; 0
-    once they have ended. `spent`: other events, to be used again with these. `announced` passes when so little of a load is left that a batch
-    should start over it; None where all of it is little.
-    """
-
-    jobs: list[_Job]
-    size: int
-    events: list[Event] = field(default_factory=list)
-    firsts: tuple[int, ...] = (0,)
-    ticket: int = 0
-    spent: list[Event] = field(default_factory=list)
-    announced: Event | None = None
 
 
 @dataclass(frozen=True)
@@ -91,33 +66,6 @@ def layer_groups(layers: int, groups: int = MAX_GROUPS) -> tuple[int, ...]:
     return tuple(group * layers // groups for group in range(groups))
 
 
-def _pages(jobs: Sequence[_Job]) -> tuple[PageIds, PageIds]:
-    """Pages of the pool and their twins of the arena, job after job."""
-    none = np.empty(0, dtype=np.int32)
-    gpu_pages = np.concatenate([none, *(job.copy.gpu_pages for job in jobs)])
-    return gpu_pages, np.concatenate([none, *(job.copy.host_pages for job in jobs)])
-
-
-def _fail(jobs: Sequence[_Job], kind: str, failure: CudaError) -> None:
-    for job in jobs:
-        job.error = TransferFailed(f"{kind} of {len(job.copy.gpu_pages)} pages: {failure}")
-
-
-class _Lane:
-    """One direction: its stream, who feeds it, what the driver has of it, and what waits behind that."""
-
-    def __init__(self, device: torch.device, context: int) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self.queue = DriverQueue(context)
-        self.under_way: deque[_Submission] = deque()
-        self.waiting: deque[_Submission] = deque()
-        self.queued_bytes = 0
-
-    @property
-    def jobs(self) -> int:
-        return sum(len(each.jobs) for each in (*self.under_way, *self.waiting))
-
-
 class CudaMover(Mover):
     """Copies on two streams of their own, one a direction.
 
@@ -129,13 +77,13 @@ class CudaMover(Mover):
         self, pool: torch.Tensor, arena: torch.Tensor, fault: Fault | None = None, *, chunk_pages: int = 0
     ) -> None:
         super().__init__(pool, arena, fault, chunk_pages=chunk_pages)
-        self._context = current_context()
-        self._lanes = {kind: _Lane(pool.device, self._context) for kind in (LOAD, STORE)}
+        with torch.cuda.device(pool.device):  # the caller's thread may have another
+            self._context = current_context()
+        self._lanes = {kind: Lane(kind, pool.device, self._context) for kind in (LOAD, STORE)}
         self._poisoning = torch.cuda.Stream(pool.device)
         self._unpacking = torch.cuda.Stream(pool.device, priority=-1)  # a batch waits for it, or soon will
-        self._loads: dict[int, _Submission] = {}  # by ticket, those that the driver has
+        self._loads: dict[int, Submission] = {}  # by ticket, those that the driver has
         self._finished: list[Finished] = []
-        self._free_events: list[Event] = []
         self._page_bytes = pool[:1].nbytes
         self._layers = pool.shape[1]
         self._layer_bytes = self._page_bytes // self._layers
@@ -143,39 +91,40 @@ class CudaMover(Mover):
 
     def submit(self, kind: str, copies: Sequence[Copy]) -> None:
         use_context(self._context)  # the caller's thread need not have called CUDA before
-        jobs = [_Job(copy.ticket, copy, self._injected(kind)) for copy in copies]
-        self._lanes[kind].waiting.extend(self._submissions(kind, jobs))
+        self._lanes[kind].waiting.extend(self._submissions(kind, self._jobs(kind, copies)))
         self._feed()
 
     def submit_split(self, loads: Sequence[Copy], first_layer: int) -> LayerArrivals:
         use_context(self._context)
-        jobs = [_Job(load.ticket, load, self._injected(LOAD)) for load in loads]
-        layers = self._layers - first_layer
-        size = sum(map(self._size, jobs)) * layers // self._layers
+        jobs = self._jobs(LOAD, loads)
+        size = sum(map(self._size, jobs)) * (self._layers - first_layer) // self._layers
         groups = self.split_groups(sum(len(load.gpu_pages) for load in loads))
         firsts = (first_layer, *(first for first in groups if first > first_layer))
-        self._begin(LOAD, _Submission(jobs, size, firsts=firsts))
+        self._begin(self._lanes[LOAD], Submission(jobs, size, firsts))
         return self.arrivals([load.ticket for load in loads])
 
-    def _submissions(self, kind: str, jobs: Sequence[_Job]) -> Iterator[_Submission]:
+    def _jobs(self, kind: str, copies: Sequence[Copy]) -> list[CopyJob]:
+        return [CopyJob(copy, self._injected(kind)) for copy in copies]
+
+    def _submissions(self, kind: str, jobs: Sequence[CopyJob]) -> Iterator[Submission]:
         """Neighbours in `jobs` together; a long load by itself, so that its user waits for no other."""
-        together: list[_Job] = []
+        together: list[CopyJob] = []
         size = pages = 0
         for job in jobs:
             alone = kind == LOAD and self._size(job) >= GROUPED_LOAD_BYTES
             pages += len(job.copy.gpu_pages)
             if together and (alone or size >= SUBMISSION_BYTES or pages > SUBMISSION_PAGES):
-                yield _Submission(together, size)
+                yield Submission(together, size)
                 together, size, pages = [], 0, len(job.copy.gpu_pages)
             together.append(job)
             size += self._size(job)
             if alone:
-                yield _Submission(together, size)
+                yield Submission(together, size)
                 together, size, pages = [], 0, 0
         if together:
-            yield _Submission(together, size)
+            yield Submission(together, size)
 
-    def _size(self, job: _Job) -> int:
+    def _size(self, job: CopyJob) -> int:
         return len(job.copy.gpu_pages) * self._page_bytes
 
     def _feed(self) -> None:
@@ -187,46 +136,42 @@ class CudaMover(Mover):
                 # Behind others a load waits anyway; whole pages are a little faster.
                 if kind == LOAD and not lane.under_way and submission.size >= GROUPED_LOAD_BYTES:
                     submission.firsts = self._groups_of(submission)
-                self._begin(kind, submission)
+                self._begin(lane, submission)
 
-    def _begin(self, kind: str, submission: _Submission) -> None:
+    def _begin(self, lane: Lane, submission: Submission) -> None:
         """Give the driver one submission."""
-        lane = self._lanes[kind]
-        if submission.firsts == (0,):
-            self._copy_whole(kind, submission)
-        else:
-            self._load_by_groups(submission)
-        submission.ticket = lane.queue.submit()
-        lane.under_way.append(submission)
-        lane.queued_bytes += submission.size
-        if kind == LOAD:
-            self._loads.update((job.ticket, submission) for job in submission.jobs)
+        try:
+            if submission.firsts == (0,):
+                self._copy_whole(lane, submission)
+            else:
+                self._load_by_groups(lane, submission)
+        except (MtserveError, RuntimeError) as failure:  # the unpacker's, or torch's, which wants memory for it
+            submission.fail(lane.kind, failure)
+            submission.break_off(self._end(lane, submission))
+        lane.submit(submission)
+        if lane.kind == LOAD:
+            self._loads.update((job.copy.ticket, submission) for job in submission.jobs)
 
-    def _copy_whole(self, kind: str, submission: _Submission) -> None:
+    def _copy_whole(self, lane: Lane, submission: Submission) -> None:
         """Queue all layers of the jobs' pages, but those of jobs that are to fail."""
-        lane = self._lanes[kind]
-        good = [job for job in submission.jobs if job.error is None]
-        gpu_pages, host_pages = _pages(good)
-        if good:
-            cut = 0
-            if kind == LOAD and submission.size >= 2 * ANNOUNCED_BYTES:
-                cut = len(gpu_pages) - ANNOUNCED_BYTES // self._page_bytes
-            if cut > 0:
-                self._copy_pages(kind, gpu_pages[:cut], host_pages[:cut])
-                submission.announced = self._mark(lane, lane.stream)
-            self._copy_pages(kind, gpu_pages[max(0, cut) :], host_pages[max(0, cut) :])
-        if kind == LOAD:
-            submission.events.append(self._arrival(submission, gpu_pages, 0, self._layers))
-        else:
-            submission.events.append(self._mark(lane, lane.stream))
+        gpu_pages, host_pages = submission.pages()
+        cut = 0
+        if lane.kind == LOAD and submission.size >= 2 * ANNOUNCED_BYTES:
+            cut = max(0, len(gpu_pages) - ANNOUNCED_BYTES // self._page_bytes)
+        if cut:
+            self._copy_pages(lane, gpu_pages[:cut], host_pages[:cut])
+            submission.announced = lane.mark(lane.raw_stream)
+            submission.others.append(submission.announced)
+        if len(gpu_pages):
+            self._copy_pages(lane, gpu_pages[cut:], host_pages[cut:])
+        submission.events.append(self._end(lane, submission, gpu_pages, 0, self._layers))
 
-    def _copy_pages(self, kind: str, gpu_pages: PageIds, host_pages: PageIds) -> None:
+    def _copy_pages(self, lane: Lane, gpu_pages: PageIds, host_pages: PageIds) -> None:
         inside, outside, counts = self._addresses(gpu_pages, host_pages)
-        target, source = (inside, outside) if kind == LOAD else (outside, inside)
-        lane = self._lanes[kind]
-        lane.queue.copy_batch(target, source, counts * self._page_bytes, lane.stream.cuda_stream)
+        target, source = (inside, outside) if lane.kind == LOAD else (outside, inside)
+        lane.queue.copy_batch(target, source, counts * self._page_bytes, lane.raw_stream)
 
-    def _groups_of(self, submission: _Submission) -> tuple[int, ...]:
+    def _groups_of(self, submission: Submission) -> tuple[int, ...]:
         """The first layers of the groups in which a load comes: one alone, whose pages lie in runs long enough."""
         job = submission.jobs[0]
         if len(submission.jobs) > 1 or job.error is not None:
@@ -236,19 +181,18 @@ class CudaMover(Mover):
             groups //= 2
         return layer_groups(self._layers, groups)
 
-    def _load_by_groups(self, submission: _Submission) -> None:
+    def _load_by_groups(self, lane: Lane, submission: Submission) -> None:
         """Queue loads whose layers come group by group, those of all jobs together."""
-        gpu_pages, host_pages = _pages([job for job in submission.jobs if job.error is None])
+        gpu_pages, host_pages = submission.pages()
         pieces = self._addresses(gpu_pages, host_pages)
         for first, last in pairwise((*submission.firsts, self._layers)):
-            self._copy_layers(*pieces, first, last)
-            submission.events.append(self._arrival(submission, gpu_pages, first, last))
+            self._copy_layers(lane, *pieces, first, last)
+            submission.events.append(self._end(lane, submission, gpu_pages, first, last))
         submission.announced = submission.events[(len(submission.events) - 1) // 2]
 
-    def _copy_layers(self, inside: Ints, outside: Ints, counts: Ints, first: int, last: int) -> None:
+    def _copy_layers(self, lane: Lane, inside: Ints, outside: Ints, counts: Ints, first: int, last: int) -> None:
         """Queue layers [first, last) of runs of pages: a strided copy each, or, of short runs, pages of a batch."""
-        lane = self._lanes[LOAD]
-        queue, stream = lane.queue, lane.stream.cuda_stream
+        queue, stream = lane.queue, lane.raw_stream
         offset, width = first * self._layer_bytes, (last - first) * self._layer_bytes
         if len(counts) and counts.mean() >= STRIDED_PAGES:
             queue.copy_strided(inside + offset, outside + offset, counts, width, self._page_bytes, stream)
@@ -257,26 +201,24 @@ class CudaMover(Mover):
             target, source = np.repeat(inside, counts) + in_run, np.repeat(outside, counts) + in_run
             queue.copy_batch(target, source, np.full(len(target), width, dtype=np.int64), stream)
 
-    def _arrival(self, submission: _Submission, gpu_pages: PageIds, first: int, last: int) -> Event:
-        """What passes when layers [first, last) of a load that is being queued are there, their states included."""
-        lane, unpacker = self._lanes[LOAD], self.unpacker
-        copied = self._mark(lane, lane.stream)
-        if unpacker is None or not len(gpu_pages):
+    def _end(
+        self, lane: Lane, submission: Submission, pages: PageIds = NO_PAGES, first: int = 0, last: int = 0
+    ) -> Event:
+        """What passes when all that is queued of a submission is done, and states of layers [first, last) of `pages` are
+        made of it; of a load not before those of earlier ones.
+        """
+        copied, unpacker, stream = lane.mark(lane.raw_stream), self.unpacker, self._unpacking.cuda_stream
+        if lane.kind == STORE or unpacker is None:
             return copied
-        submission.spent.append(copied)
-        stream = self._unpacking.cuda_stream
+        submission.others.append(copied)
+        submission.unpacker = unpacker
         lane.queue.hold_back(stream, copied)
-        if unpacker.queues:
-            unpacker.unpack(gpu_pages, first, last, stream, lane.queue)
-        else:
-            submission.ticket = lane.queue.submit()
-            lane.queue.wait(submission.ticket)
-            self._settled(LOAD, submission)
-            try:
-                unpacker.unpack(gpu_pages, first, last, stream)
-            except CudaError as failure:
-                _fail([job for job in submission.jobs if job.error is None], LOAD, failure)
-        return self._mark(lane, self._unpacking)
+        if len(pages) and unpacker.queues:
+            unpacker.unpack(pages, first, last, stream, lane.queue)
+        elif len(pages):
+            lane.flush(submission)
+            unpacker.unpack(pages, first, last, stream)
+        return lane.mark(stream)
 
     def _addresses(self, gpu_pages: PageIds, host_pages: PageIds) -> tuple[Ints, Ints, Ints]:
         """Each run's address in the pool, in the arena, and its pages."""
@@ -292,21 +234,6 @@ class CudaMover(Mover):
         for stream in (torch.cuda.current_stream(self.pool.device), self._unpacking, *lanes):
             stream.wait_stream(self._poisoning)
 
-    def _mark(self, lane: _Lane, stream: torch.cuda.Stream) -> Event:
-        event = self._free_events.pop() if self._free_events else Event()
-        lane.queue.record(event, stream.cuda_stream)
-        return event
-
-    def _settled(self, kind: str, submission: _Submission) -> bool:
-        """Whether the driver has all of a submission, and its jobs know if it took it."""
-        queue = self._lanes[kind].queue
-        if submission.ticket and queue.over(submission.ticket):
-            failure = queue.take_error(submission.ticket)
-            if failure is not None:
-                _fail([job for job in submission.jobs if job.error is None], kind, failure)
-            submission.ticket = 0
-        return submission.ticket == 0
-
     def poll(self) -> list[Finished]:
         use_context(self._context)
         self._retire()
@@ -315,18 +242,13 @@ class CudaMover(Mover):
         return finished
 
     def _retire(self) -> None:
-        """Note what has ended; its events are used again."""
+        """Note what has ended."""
         for kind, lane in self._lanes.items():
-            while lane.under_way and self._settled(kind, lane.under_way[0]) and lane.under_way[0].events[-1].passed():
-                submission = lane.under_way.popleft()
-                lane.queued_bytes -= submission.size
-                self._free_events += submission.events + submission.spent
-                if submission.announced is not None and submission.announced not in submission.events:
-                    self._free_events.append(submission.announced)
-                self._finished += [Finished(kind, job.ticket, job.error) for job in submission.jobs]
+            for submission in lane.retire():
+                self._finished += [Finished(kind, job.copy.ticket, job.error) for job in submission.jobs]
                 if kind == LOAD:
                     for job in submission.jobs:
-                        self._loads.pop(job.ticket, None)
+                        self._loads.pop(job.copy.ticket, None)
 
     def pending(self) -> int:
         return sum(lane.jobs for lane in self._lanes.values()) + len(self._finished)
@@ -337,17 +259,15 @@ class CudaMover(Mover):
         while True:
             self._retire()
             self._feed()
-            first = [(lane.queue, lane.under_way[0]) for lane in self._lanes.values() if lane.under_way]
-            if not first:
+            busy = [lane for lane in self._lanes.values() if lane.under_way]
+            if not busy:
                 return True
             if time.monotonic() > end:
                 return False
             if timeout_s < math.inf:
                 time.sleep(WAIT_S)
             else:
-                queue, submission = first[0]
-                queue.wait(submission.ticket)
-                submission.events[-1].synchronize()
+                busy[0].wait()
 
     def load_s(self, size: int) -> float:
         return size / LINK_BYTES_PER_S
@@ -363,12 +283,12 @@ class CudaMover(Mover):
         return pages if pages >= STRIDED_PAGES else 1.0
 
     def near(self, ticket: int) -> bool:
-        submission = self._loads.get(ticket)
-        if submission is None or submission is not self._lanes[LOAD].under_way[0] or submission.announced is None:
+        lane, submission = self._lanes[LOAD], self._loads.get(ticket)
+        if submission is None or submission is not lane.under_way[0] or submission.announced is None:
             return False
-        if not self._settled(LOAD, submission):
+        if not lane.settled(submission):
             return False
-        good = all(job.error is None for job in submission.jobs if job.ticket == ticket)
+        good = all(job.error is None for job in submission.jobs if job.copy.ticket == ticket)
         return good and submission.announced.passed()
 
     def arrivals(self, tickets: Collection[int]) -> LayerArrivals:

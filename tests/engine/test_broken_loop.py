@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 from engine_world import World
+from restored_worlds import deep_world, on_the_host
 
 from mtserve.errors import Unavailable
 from mtserve.kernels.cuda.driver import CudaError
@@ -148,3 +149,25 @@ def test_a_loop_that_breaks_ends_the_growth_of_the_arena_before_it_unpins(
     w.engine._loop._thread.join(10)
     assert w.engine._loop.state == "broken"
     assert pinning.pinned == []
+
+
+def test_the_batch_behind_which_loads_cannot_be_begun_is_answered(world: Make) -> None:
+    """Where batches decide how states come back, the first goes ahead of the loads for the others."""
+    w = deep_world(world, gpu_pages=26)
+    on_the_host(w, "a")
+    w.overlap()
+    mover = w.delay_copies()
+    real = mover.submit
+
+    def submit(kind: str, copies: Any) -> NoReturn:
+        real(kind, copies)
+        _device_is_gone()
+
+    mover.submit = submit  # type: ignore[method-assign]
+    w.put("new", 5)
+    launched, waits = w.submit("new"), w.submit("a")
+    with pytest.raises(CudaError):
+        w.step()
+    w.engine.close()
+    launched.verify()
+    assert isinstance(waits.future.exception(0), Unavailable)

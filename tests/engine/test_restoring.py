@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,10 @@ from engine_world import World
 from restored_worlds import COUNT, FORMATS, LAYERS, PREFIX, SPLITS, deep_world, on_the_host, push_off, settle
 from small_models import CAUSAL, SCHEMA, small_model
 
+from mtserve.cache.index import Load
+from mtserve.engine.pace import BELIEVED_S
 from mtserve.model.schema import FeatureSchema
+from mtserve.restore.choice import Choice, Need, Work
 from mtserve.restore.costs import Costs, costs_for_cpu
 
 Make = Callable[..., World]
@@ -298,3 +301,51 @@ def test_costs_decide(world: Make, costs: Costs, way: str, host_format: str) -> 
     assert w.value("restored_batches_total", way) == 1
     assert w.value("restore_prediction_error") >= 0
     w.assert_empty()
+
+
+def test_only_batches_that_load_nothing_tell_what_a_token_takes(world: Make) -> None:
+    """Of them as of any other, or requests beside them would be judged by nothing, and every load would look cheap."""
+    w = deep_world(world, gpu_pages=26)
+    on_the_host(w, "a", "b")
+
+    def pass_time() -> None:
+        w.clock.now += 0.01
+
+    w.hook("attention", pass_time)
+    pace = w.engine._core._pace
+    for layer, user in ((0, "a"), (LAYERS, "b")):
+        w.clock.now += 10 * BELIEVED_S
+        w.restore_at(layer)
+        w.score(user)
+        assert (pace.token_s(w.clock()) > 0) == (layer == LAYERS)
+
+
+def test_who_is_not_kept_counts_among_what_the_batch_computes(world: Make) -> None:
+    w = deep_world(world, gpu_pages=7, max_batch_tokens=100)
+    on_the_host(w, "a", "b")
+    w.delay_copies().load_seconds = 9.0
+    w.pace(0.01)
+    seen: list[Work] = []
+
+    def choose(loads: Sequence[Load], needs: Sequence[Need], others: Work) -> Choice:
+        seen.append(others)
+        return Choice(LAYERS, 1.0, "recompute", {})
+
+    w.tiers.restoring._choose = choose
+    pending = [w.submit(user) for user in "ab"]
+    w.step()
+    for each in pending:
+        each.verify()
+    assert [work.rows for work in seen] == [PREFIX + 3]
+
+
+def test_how_well_batches_are_predicted_is_told(world: Make) -> None:
+    w = deep_world(world)
+    assert w.engine.stats()["restoring"]["batches"] == 0
+    on_the_host(w, "a")
+    w.hook("attention", lambda: vars(w.clock).update(now=w.clock.now + 0.01))
+    w.restore_at(2)
+    w.score("a")
+    assert w.engine.stats()["restoring"]["by_way"] == {"split": 1}
+    w.tiers.restoring = None
+    assert w.engine.stats()["restoring"] == {}

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
 from engine_world import World
-from restored_worlds import COUNT, LAYERS, PREFIX, Crash, settle, split_under_way, tokens
+from restored_worlds import (
+    COUNT,
+    FORMATS,
+    LAYERS,
+    PREFIX,
+    Crash,
+    deep_world,
+    on_the_host,
+    settle,
+    split_under_way,
+    tokens,
+)
 from small_models import make_features, small_model
+
+from mtserve.errors import ResourceExhausted
 
 Make = Callable[..., World]
 
@@ -96,6 +112,47 @@ def test_a_model_replaced_while_the_batch_is_under_way(world: Make, host_format:
     settle(w, mover)
     assert last.verify().host_tokens > 0
     w.assert_empty()
+
+
+@pytest.mark.parametrize("host_format", FORMATS)
+def test_a_model_for_which_there_is_no_room_replaces_nothing(
+    world: Make, monkeypatch: pytest.MonkeyPatch, host_format: str
+) -> None:
+    """What the old weights packed is unpacked by the old weights."""
+    w = deep_world(world, host_format=host_format)
+    on_the_host(w, "a", "b")
+    served = w.engine.stats()["model"]
+
+    def no_room(*_: object) -> NoReturn:
+        raise ResourceExhausted("no room for its activations", field="gpu_cache")
+
+    with monkeypatch.context() as short:
+        short.setattr("mtserve.engine.core.make_runner", no_room)
+        with pytest.raises(ResourceExhausted):
+            w.engine.replace_model(small_model(1, layers=LAYERS, d=32))
+    assert w.engine.stats()["model"] == served
+    for layer, user in ((0, "a"), (2, "b")):
+        w.restore_at(layer)
+        assert w.score(user).host_tokens > 0
+
+
+def test_loads_under_way_may_run_the_unpacker_of_the_model_before(world: Make) -> None:
+    """Its launches are queued: what they point to must not be anything else's before they have run."""
+    w = deep_world(world, host_format="x8")
+    on_the_host(w, "a")
+    mover = w.delay_copies()
+    w.tiers.restoring = None  # loads begin by themselves
+    pending = w.submit("a")
+    w.step()
+    assert [kind for kind, *_ in mover.jobs] == ["load"]
+    before = weakref.ref(mover.unpacker)
+    w.replace(small_model(1, layers=LAYERS, d=32))
+    gc.collect()
+    assert before() is not None is not mover.unpacker is not before()
+    settle(w, mover)
+    pending.verify()
+    gc.collect()
+    assert before() is None
 
 
 @pytest.mark.parametrize("failed", [False, True], ids=["the batch ends", "the batch has failed"])

@@ -183,6 +183,59 @@ def test_a_batch_that_cannot_be_planned(world: Make, where: str) -> None:
     w.assert_empty()
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["lost for long", "begun"])
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_loads_that_the_mover_does_not_take(world: Make, layer: int, begun: bool) -> None:
+    """Whether they run all the same is not known: nobody finds their pages, and their users do not wait for them."""
+    w = deep_world(world, gpu_pages=26)
+    on_the_host(w, "a", "b")
+    mover = w.delay_copies()
+    w.restore_at(layer)
+    real, given = mover.submit_split, []
+
+    def submit_split(*arguments: Any) -> Any:
+        given.append(arguments)
+        if begun:
+            real(*arguments)
+        raise RuntimeError("no device")
+
+    mover.submit_split = submit_split  # type: ignore[method-assign]
+    pending = [w.submit(user) for user in "ab"]
+    w.engine.step()
+    assert all(isinstance(each.future.exception(0), RuntimeError) for each in pending)
+    mover.submit_split = real  # type: ignore[method-assign]
+    again = [w.submit(user) for user in "ab"]
+    for _ in range(3):
+        w.engine.step()
+    assert [tokens(each) for each in again] == [(0, 0, PREFIX)] * 2
+    stats = w.tiers.index.stats()
+    assert (stats.detached, stats.batches_in_flight) == (2, 0)
+    if not begun:
+        real(*given[0])
+    settle(w, mover)
+    assert [w.held(user)[0] for user in "ab"] == [PREFIX, PREFIX]
+    w.assert_empty()
+
+
+def test_a_batch_about_which_nothing_is_decided_holds_nothing(world: Make) -> None:
+    w = deep_world(world)
+    on_the_host(w, "a", "b")
+    held = [w.held(user) for user in "ab"]
+
+    def undecided(*_: Any) -> Any:
+        raise RuntimeError("no costs")
+
+    w.tiers.restoring._choose = undecided
+    pending = [w.submit(user) for user in "ab"]
+    w.run()
+    assert all(isinstance(each.future.exception(0), RuntimeError) for each in pending)
+    assert [w.held(user)[1] for user in "ab"] == [host for _, host in held]
+    w.assert_idle()
+    w.restore_at(2)
+    assert w.score("a").host_tokens > 0
+    w.assert_empty()
+
+
 # Copies that do not end
 
 

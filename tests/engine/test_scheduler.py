@@ -26,8 +26,8 @@ def job_of(user: str, candidates: int = 2, deadline: float | None = None) -> Job
     return make_job(sequence, make_candidates(rng, candidates), future, 100.0, deadline)
 
 
-def queue_of(*jobs: Job, metrics: Metrics | None = None) -> Scheduler:
-    scheduler = Scheduler(EngineConfig(), metrics or Metrics(), static_attention="full")
+def queue_of(*jobs: Job, metrics: Metrics | None = None, **config: int) -> Scheduler:
+    scheduler = Scheduler(EngineConfig(**config), metrics or Metrics(), static_attention="full")
     for job in jobs:
         scheduler.add(job)
     return scheduler
@@ -50,6 +50,17 @@ def test_a_batch_takes_its_jobs_out_and_leaves_the_others() -> None:
     slots = scheduler.take(lambda job: None if job is jobs[1] else 0)
     assert [slot.jobs for slot in slots] == [[jobs[0]], [jobs[2]]]
     assert list(scheduler.jobs()) == [jobs[1]]
+
+
+@pytest.mark.parametrize("way", ["restored", "spare"])
+def test_requests_of_one_user_that_wait_for_states_are_no_more_than_a_batch_takes(way: str) -> None:
+    jobs = [job_of("a") for _ in range(5)]
+    scheduler = queue_of(*jobs, max_batch_requests=3)
+    slots = scheduler.take(
+        lambda job: None, lambda job: way == "spare", lambda job: 0 if way == "restored" else None
+    )  # fmt: skip
+    assert [slot.jobs for slot in slots] == [jobs[:3]]
+    assert list(scheduler.jobs()) == jobs[3:]
 
 
 @pytest.mark.parametrize("candidates", [0, 3])

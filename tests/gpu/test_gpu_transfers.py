@@ -277,7 +277,7 @@ def test_copies_both_ways_at_once(make_link: Make) -> None:
 
 def _tickets(link: Link, kind: str) -> list[list[int]]:
     """Of the jobs that the driver has, those that end together."""
-    return [[job.ticket for job in each.jobs] for each in link.mover._lanes[kind].under_way]
+    return [[job.copy.ticket for job in each.jobs] for each in link.mover._lanes[kind].under_way]
 
 
 def test_jobs_of_one_kind_end_in_the_order_of_their_submission(make_link: Make) -> None:
@@ -599,7 +599,7 @@ class Gated:
         waits = LayerWaits(groups)
         for event in waits.events.values():
             event.record(self.stream)
-        self.gates = [Gates(waits, groups, DEVICE) for _ in range(2)]
+        self.gates = [Gates(waits, groups) for _ in range(2)]
         self.gated = LayerCopies(link.pool, self.pages, waits)
         self.free = LayerCopies(link.pool, self.pages, None)
         link.fill(LOAD)

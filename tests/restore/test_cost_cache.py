@@ -15,7 +15,7 @@ from restore_samples import random_costs
 
 from mtserve.restore.cache import FORMAT, CostCache, CostKey, default_path
 
-KEY = CostKey("GPU", "driver 1", "cuda", 8, 512, 4, 128, "bfloat16", 64, "kv", True)
+KEY = CostKey("GPU", "driver 1", "cuda", 8, 512, 4, 128, "bfloat16", 64, "kv", "(1, 0, 64, 64)", 64 << 20)
 COSTS, OTHERS = (random_costs(np.random.default_rng(seed)) for seed in range(2))
 
 
@@ -67,6 +67,8 @@ FOREIGN: list[Any] = [
     {"format": FORMAT, "entries": [{**GOOD, "costs": {**GOOD["costs"], "row_s": -1}}]},
     {"format": FORMAT, "entries": [{**GOOD, "costs": {**GOOD["costs"], "row_s": float("nan")}}]},
     {"format": FORMAT, "entries": [{**GOOD, "costs": {"row_s": 1}}]},
+    {"format": FORMAT, "entries": [{**GOOD, "costs": {**GOOD["costs"], "row_s": 10**400}}]},
+    {"format": FORMAT, "entries": [{**GOOD, "costs": {**GOOD["costs"], "link": [[1, 10**400]]}}]},
 ]  # fmt: skip
 
 

@@ -45,3 +45,15 @@ def test_each_batch_is_logged_for_those_who_look(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.DEBUG, logger="mtserve.restore.watch"):
         PredictionWatch().note(0.001, 0.002, "split")
     assert [record.message for record in caplog.records] == ["split: predicted 1.000 ms, took 2.000 ms, off by 50%"]
+
+
+def test_a_way_is_not_judged_by_its_first_batch_for_ever() -> None:
+    """It compiled; nobody takes that way again, so that nothing of its own would ever correct it."""
+    watch = PredictionWatch(window=8)
+    watch.note(1.0, 1.0, "recompute")
+    watch.note(1.0, 500.0, "split")
+    for _ in range(7):
+        watch.note(1.0, 1.0, "recompute")
+        assert watch.offsets["split"] == 499.0
+    watch.note(1.0, 1.0, "recompute")
+    assert watch.offsets == {"load": 0.0, "split": 0.0, "recompute": 0.0}

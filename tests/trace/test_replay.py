@@ -320,6 +320,13 @@ def test_working_set_counts_pages_of_final_states() -> None:
     assert resolve_capacity("64MiB", 8, 4096, "gpu_cache") == "64MiB"
 
 
+@pytest.mark.parametrize(("host_cache", "kept"), [("50%ws", "x8"), ("0%ws", "kv"), ("0", "kv"), ("0%", "kv")])
+def test_without_a_host_tier_no_format_may_add_its_error(host_cache: str, kept: str) -> None:
+    trace, model = small_trace(), tiny_model()
+    asked = replace(CPU, host_cache=host_cache, host_format="x8")
+    assert size_tiers(TraceRows(trace, model.schema), model, asked)[1].host_format == kept
+
+
 def test_the_whole_working_set_evicts_nothing() -> None:
     trace, model = small_trace(), tiny_model()
     bytes_, engine = size_tiers(TraceRows(trace, model.schema), model, replace(CPU, gpu_cache="100%ws"))

@@ -11,16 +11,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from fake_queue import FakeQueue
 
 from mtserve.kernels.cuda.driver import Addresses, CudaError
-from mtserve.transfer import cuda_mover
+from mtserve.transfer import cuda_mover, lane
 
-CONTEXT = 77
+CONTEXT = 77  # of the pool's device
+OTHER_CONTEXT = 78  # of the device that is current in the caller's thread
 LONGEST_S = 5.0  # that a test waits
 
 
@@ -109,15 +110,18 @@ class FakeDriver:
         self.now = 0.0
         self.refuses: Callable[[], bool] = lambda: False  # asked at each call that copies
         self._pieces: list[tuple[int, int]] = []
+        self._context = OTHER_CONTEXT
         self._default = self.stream()
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "Stream", self.stream)
         monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self._default)
-        for name in ("Event", "current_context", "use_context"):
-            monkeypatch.setattr(cuda_mover, name, getattr(self, name.lower()))
-        monkeypatch.setattr(cuda_mover, "DriverQueue", self.queue)
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+        for name in ("current_context", "use_context"):
+            monkeypatch.setattr(cuda_mover, name, getattr(self, name))
+        monkeypatch.setattr(lane, "Event", self.event)
+        monkeypatch.setattr(lane, "DriverQueue", self.queue)
         monkeypatch.setattr(cuda_mover, "time", self)
 
     def register(self, memory: torch.Tensor) -> None:
@@ -130,6 +134,12 @@ class FakeDriver:
         stream = FakeStream(len(self.streams) + 1)
         self.streams[stream.cuda_stream] = stream
         return stream
+
+    @contextlib.contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self._context = self._context, CONTEXT
+        yield
+        self._context = before
 
     def monotonic(self) -> float:
         return self.now
@@ -144,17 +154,19 @@ class FakeDriver:
     # Of the driver
 
     def event(self) -> FakeEvent:
+        assert self._context == CONTEXT
         self.events += 1
         return FakeEvent(self)
 
     def current_context(self) -> int:
-        return CONTEXT
+        return self._context
 
     def use_context(self, context: int) -> None:
         assert context == CONTEXT
+        self._context = context
 
     def queue(self, context: int) -> FakeQueue:
-        self.use_context(context)
+        assert context == CONTEXT
         return FakeQueue(self)
 
     def copy_batch(self, to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ class FakeQueue:
         self._driver = driver
         self.late = False
         self._list: list[tuple[Callable[[], Any], bool]] = []
-        self._waiting: list[list[tuple[Callable[[], Any], bool]]] = []
+        self._waiting: deque[list[tuple[Callable[[], Any], bool]]] = deque()
         self._submitted = self._done = 0
         self._errors: dict[int, CudaError] = {}
 
@@ -47,9 +48,9 @@ class FakeQueue:
             self.work()
         return self._submitted
 
-    def work(self) -> None:
-        """Make the calls of all lists."""
-        for calls in self._waiting:
+    def work(self, lists: int | None = None) -> None:
+        """Make the calls of so many of the oldest lists; None: of all."""
+        for calls in [self._waiting.popleft() for _ in range(len(self._waiting))[:lists]]:
             self._done += 1
             failed = None
             for call, always in calls:
@@ -61,7 +62,6 @@ class FakeQueue:
                     failed = failed or error
             if failed is not None:
                 self._errors[self._done] = failed
-        self._waiting.clear()
 
     def over(self, ticket: int) -> bool:
         return self._done >= ticket

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from fake_driver import FakeDriver, FakeStream
 from fake_queue import FakeQueue
 
 from mtserve.cache.index import Copy
-from mtserve.errors import TransferFailed
+from mtserve.errors import InvalidArgument, TransferFailed
 from mtserve.kernels.cuda.driver import CudaError
 from mtserve.transfer import cuda_mover
 from mtserve.transfer.cuda_mover import CudaMover
@@ -75,16 +77,18 @@ class Link:
         self.check()
         assert not self.mover._loads
         assert [lane.queued_bytes for lane in self.mover._lanes.values()] == [0, 0]
-        assert len(self.mover._free_events) == self.driver.events
+        assert sum(len(lane._free) for lane in self.mover._lanes.values()) == self.driver.events
         return finished
 
     def check(self) -> None:
         """No event is free twice, or free while it is waited for."""
-        free = {id(event) for event in self.mover._free_events}
-        assert len(free) == len(self.mover._free_events)
-        for lane in self.mover._lanes.values():
-            for submission in lane.under_way:
-                assert free.isdisjoint(map(id, (*submission.events, *submission.spent, submission.announced)))
+        lanes = self.mover._lanes.values()
+        free = [id(event) for lane in lanes for event in lane._free]
+        assert len(set(free)) == len(free)
+        for submission in [each for lane in lanes for each in lane.under_way]:
+            used = {*submission.events, *submission.others}
+            assert set(free).isdisjoint(map(id, used))
+            assert submission.announced in {None, *used}
 
 
 Make = Callable[..., Link]
@@ -304,7 +308,7 @@ def test_a_submission_that_the_driver_refuses_half_way_fails_once_and_the_rest_g
                 rest[torch.from_numpy((copy.gpu_pages if kind == LOAD else copy.host_pages).astype(np.int64))] = False
             side = 0 if kind == LOAD else 1
             assert torch.equal((link.pool, link.arena)[side][rest], expected[side][rest]), turn
-    assert link.driver.events == 3  # used again and again
+    assert link.driver.events == 3 * len(KINDS)  # used again and again
 
 
 @pytest.mark.parametrize("call", range(4))
@@ -376,6 +380,7 @@ class Unpacking:
         self.link, self.states = link, torch.zeros_like(link.pool)
         self.calls: list[tuple[list[int], int, int]] = []
         self.refuses = False
+        self.raises: dict[int, Exception] = {}  # by the number of the call
         self.queues = True
         link.mover.unpacker = self
 
@@ -383,21 +388,25 @@ class Unpacking:
         self, pages: npt.NDArray[np.int32], first: int, last: int, stream: int, queue: FakeQueue | None = None
     ) -> None:
         self.calls.append((pages.tolist(), first, last))
+        failure = self.raises.pop(len(self.calls) - 1, None)
+        if failure is not None:
+            raise failure
         ids = torch.from_numpy(pages.astype(np.int64))
+        link, states, refuses = self.link, self.states, self.refuses  # nothing that is queued holds us
+
+        def make() -> None:
+            states[ids, first:last] = 2 * link.pool[ids, first:last]
 
         def launch(grid: int, stream: int) -> None:
-            if self.refuses:
+            if refuses:
                 raise CudaError("error 999: unknown error", field="cuLaunchKernel")
-            self.link.driver.streams[stream].push(lambda: self._make(ids, first, last))
+            link.driver.streams[stream].push(make)
 
         assert (queue is not None) == self.queues
         if queue is None:
             launch(0, stream)
         else:
             queue.launch(launch, 0, stream)
-
-    def _make(self, ids: torch.Tensor, first: int, last: int) -> None:
-        self.states[ids, first:last] = 2 * self.link.pool[ids, first:last]
 
     @property
     def stream(self) -> FakeStream:
@@ -589,16 +598,139 @@ def test_piece_pages(make_link: Make, pages: list[Any], expected: float) -> None
     assert link.mover.piece_pages(loads) == expected
 
 
+# What goes wrong while a submission is put together
+
+
+@pytest.mark.parametrize("queues", [True, False], ids=["queued", "at once"])
+@pytest.mark.parametrize("calls", range(4))
+@pytest.mark.parametrize("failure", [InvalidArgument("of no page", field="pages"), torch.OutOfMemoryError("no memory")])
+def test_what_raises_half_way_fails_its_jobs_alone_and_leaves_nothing_behind(
+    make_link: Make, failure: Exception, calls: int, queues: bool
+) -> None:
+    link = make_link(shape=EIGHT)
+    unpacking = Unpacking(link)
+    unpacking.queues = queues
+    unpacking.raises = {calls: failure}
+    loads = [_long(1, 0, 64), _long(2, 64, 64)]
+    arrivals = link.mover.submit_split(loads, 1)
+    assert len(arrivals.events) == 4
+    assert not any(map(link.mover.near, (1, 2)))
+    assert link.mover.poll() == []  # what was queued before has to end first
+    arrivals.wait()
+    assert link.stream(LOAD).queued == unpacking.stream.queued == 0
+    finished = link.end()
+    assert [each.ticket for each in finished] == [1, 2]
+    assert all(str(failure) in str(each.error) for each in finished)
+    expected = link.after(LOAD, loads)
+    link.mover.submit_split(loads, 0)
+    assert {each.error for each in link.end()} == {None}
+    assert link.holds(expected)
+    assert torch.equal(unpacking.states, 2 * expected[0])
+
+
+def test_a_whole_load_whose_unpacking_raises_is_not_found_in_the_next(make_link: Make) -> None:
+    link = make_link()
+    unpacking = Unpacking(link)
+    unpacking.raises = {0: InvalidArgument("of no page", field="pages")}
+    link.mover.submit(LOAD, [_long(1, 0, 3)])
+    link.mover.submit(LOAD, [_long(2, 16, 48)])
+    link.mover.submit(LOAD, [_long(3, 64, 2)])
+    assert [each.error is None for each in link.end()] == [False, True, True]
+    assert not unpacking.states[:16].any()
+
+
+def test_a_split_of_which_all_fail_comes_behind_the_states_of_earlier_loads(make_link: Make) -> None:
+    """A batch over both waits for the last one alone."""
+    fates = iter([False, True])
+
+    def fault(kind: str) -> None:
+        if next(fates):
+            raise TransferFailed(kind)
+
+    link = make_link(fault=fault)
+    unpacking = Unpacking(link)
+    link.mover.submit(LOAD, [_long(1, 16)])
+    link.mover.submit_split([_long(2, 32)], 1).wait()
+    assert torch.equal(unpacking.states[16:32], 2 * link.pool[16:32])
+    assert unpacking.states[16:32].any()
+    assert [each.error is None for each in link.end()] == [True, False]
+
+
+@pytest.mark.parametrize("at", ["queued", "under way"])
+def test_an_unpacker_lives_until_its_last_load_has_ended(make_link: Make, at: str) -> None:
+    """The device reads the memory that it owns, whatever model is served meanwhile."""
+    link = make_link()
+    unpacking = weakref.ref(Unpacking(link))
+    link.mover._lanes[LOAD].queue.late = at == "queued"
+    link.mover.submit(LOAD, [_long(1, 16)])
+    link.mover.unpacker = None
+    gc.collect()
+    assert unpacking() is not None
+    assert link.end() == [Finished(LOAD, 1, None)]
+    gc.collect()
+    assert unpacking() is None
+
+
+# While the driver is still being given what was submitted
+
+
+def _hold(link: Link) -> None:
+    for lane in link.mover._lanes.values():
+        lane.queue.late = True
+
+
+def test_events_used_before_mean_nothing_until_the_driver_has_the_list(make_link: Make) -> None:
+    link = make_link()
+    for kind in KINDS:
+        link.mover.submit(kind, [_long(1, 16), _long(2, 48)])
+    link.end()
+    _hold(link)
+    loads = [_long(3, 0), _long(4, 32, 48)]
+    expected = link.after(LOAD, loads)
+    for load in loads:
+        link.mover.submit(LOAD, [load])
+    link.mover.submit(STORE, [_long(5, 96)])
+    assert link.mover.poll() == []  # though every event of theirs has passed before
+    assert not any(map(link.mover.near, (3, 4)))
+    link.mover._lanes[LOAD].queue.work(1)
+    link.stream(LOAD).run()
+    assert link.mover.near(3)
+    assert not link.mover.near(4)
+    assert link.mover.poll() == [Finished(LOAD, 3, None)]
+    assert not link.mover.near(4)
+    arrivals = link.mover.arrivals([4])
+    arrivals.wait()
+    assert torch.equal(link.pool, expected[0])
+    assert {(each.kind, each.ticket) for each in link.end()} == {(LOAD, 4), (STORE, 5)}
+
+
+def test_waiting_ends_in_time_where_the_driver_hangs(make_link: Make) -> None:
+    link = make_link()
+    link.mover._lanes[LOAD].queue.late = True
+    link.mover.submit(LOAD, [_long(1, 16)])
+    link.mover.submit(STORE, [_long(2, 48)])
+    assert not link.mover.wait(0.25)
+    assert link.mover.poll() == [Finished(STORE, 2, None)]
+    assert link.mover.pending() == 1
+    link.mover._lanes[LOAD].queue.work()
+    assert link.end() == [Finished(LOAD, 1, None)]
+
+
 # All at once
 
 
 class Storm:
-    """Random copies both ways over a driver that is late, and fails, at random; each side mirrored."""
+    """Random copies both ways over a driver that is late, and fails, at random; each side mirrored.
 
-    def __init__(self, make_link: Make, seed: int) -> None:
+    `late`: so is the thread that feeds it.
+    """
+
+    def __init__(self, make_link: Make, seed: int, late: bool) -> None:
         self.rng = np.random.default_rng(seed)
         self.link = make_link(96, 112, self._fault)
         self.link.driver.refuses = lambda: self.rng.random() < 0.03
+        if late:
+            _hold(self.link)
         self.expected = self.link.after(LOAD, [])
         self.busy = [np.zeros(len(tier), dtype=bool) for tier in self.expected]  # pages of copies under way
         self.open: dict[str, dict[int, Copy]] = {LOAD: {}, STORE: {}}
@@ -669,6 +801,8 @@ class Storm:
         for _ in range(turns):
             ticket = self.submit(ticket)
             for kind in KINDS:
+                if self.rng.random() < 0.5:
+                    self.link.mover._lanes[kind].queue.work(int(self.rng.integers(3)))
                 self.link.stream(kind).run(int(self.rng.integers(12)))
             if self.rng.random() < 0.3:
                 self.look()
@@ -681,11 +815,12 @@ class Storm:
         assert self.ended == ticket
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_storm_of_copies_is_exact(make_link: Make, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    storm = Storm(make_link, seed)
+def test_a_storm_of_copies_is_exact(make_link: Make, seed: int, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    storm = Storm(make_link, seed, late)
     monkeypatch.setattr(cuda_mover, "QUEUED_BYTES", (16, 64, 512)[seed % 3] * SHAPE.bytes)
-    storm.run(300)
+    storm.run(500 if late else 300)
     assert storm.ended > 200
     assert storm.failed > 10
     assert storm.near > 3

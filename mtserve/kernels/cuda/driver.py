@@ -1,7 +1,7 @@
 """The few calls of the CUDA driver that our kernels need, over ctypes: every return code is checked.
 
-Uses the thread's current context, which torch sets with its first call there, and `use_context` at any time. Calls that only queue
-work keep the interpreter's lock: they are over sooner than other threads would give it back.
+Uses the thread's current context, which torch sets with its first call there, and `use_context` at any time. Calls that
+only queue work keep the interpreter's lock: they are over sooner than other threads would give it back.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _SWIZZLES = {64: 2, 128: 3}  # by bytes of a box's row
 _L2_PROMOTION_256_BYTES = 3
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_STREAM_NON_BLOCKING = 1
 _EVENT_DISABLE_TIMING = 2
 _REGISTER_PORTABLE = 1  # pinned for every context, not the current one alone
 _EVENT_WAIT_EXTERNAL = 1
@@ -170,6 +171,25 @@ def current_context() -> int:
 def use_context(context: int) -> None:
     """Make `context` current in this thread; a thread that has not called CUDA yet has none."""
     _queue("cuCtxSetCurrent", ctypes.c_void_p(context))
+
+
+class OwnStream:
+    """A stream of the current context that nobody else has: torch hands out the same 32 of a device again and again.
+
+    Does not wait for the default stream.
+    """
+
+    def __init__(self) -> None:
+        self._handle = ctypes.c_void_p()
+        _call("cuStreamCreate", ctypes.byref(self._handle), ctypes.c_uint(_STREAM_NON_BLOCKING))
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the driver may be gone before us
+            _function("cuStreamDestroy_v2", True)(self._handle)
+
+    @property
+    def handle(self) -> int:
+        return self._handle.value or 0
 
 
 class Event:

@@ -1,4 +1,4 @@
-"""Driver calls that queue work, made by a thread in C++, so that the loop does not wait for hundreds of copies to be queued."""
+"""Driver calls that queue work, made by a thread in C++: the loop does not wait for hundreds of copies to be queued."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from mtserve.kernels.cuda.driver import Addresses, CudaError, Event, Launch, add
 class DriverQueue:
     """Lists of calls: what is added goes to the thread with the next `submit`, and lists are worked off in order.
 
-    An event that a list records has meaning only once the list is over: before, it marks what it marked earlier.
+    An event that a list records has meaning only once the list is over: before, it marks what it marked earlier. A
+    queue that nobody has any more makes no further call.
     """
 
     def __init__(self, context: int) -> None:
@@ -38,7 +39,7 @@ class DriverQueue:
     def copy_strided(
         self, to: Addresses, source: Addresses, rows: Addresses, width: int, pitch: int, stream: int
     ) -> None:
-        """Add many copies: rows[i] rows of `width` bytes, `pitch` bytes apart at both of the addresses to[i], source[i]."""
+        """Add many copies: rows[i] rows of `width` bytes, `pitch` bytes apart, from the address source[i] to to[i]."""
         self._queue.copy_strided(to, source, rows, width, pitch, stream)
 
     def record(self, event: Event, stream: int) -> None:

@@ -16,9 +16,10 @@ def _late_rows(
     x_ptr, early_ptr, late_ptr, count_ptr, out_ptr, rows,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    dependent.start(PDL)
     slot = tl.arange(0, SLOTS)
+    # The first of its batch: kernels behind it read the batch's metadata before they wait for it.
     dependent.wait(PDL)
+    dependent.start(PDL)
     count = tl.load(count_ptr)
     first = tl.load(late_ptr + 4 * slot + 2, mask=slot < count, other=2147483647)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
