@@ -24,7 +24,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[trace,report,server,dev]"
 	touch $@
 
-$(CORE): $(READY) setup.py $(wildcard csrc/*/*)
+$(CORE): $(READY) setup.py $(wildcard csrc/*/* csrc/*/*/*)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 

@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 SOURCES = sorted(path.as_posix() for path in Path("csrc").glob("*/*.cpp"))
-HEADERS = sorted(path.as_posix() for path in Path("csrc").glob("*/*.h"))
+HEADERS = sorted(path.as_posix() for path in Path("csrc").glob("**/*.h"))
 # Compiled where they run; a checkout reads them in place, a wheel carries them inside the package.
 CUDA_SOURCES = sorted(path.as_posix() for path in Path("csrc/cuda").glob("*.cu*"))
 CUDA_TARGET = Path("mtserve/kernels/cuda/src")

@@ -74,6 +74,41 @@ class Index:
     def check(self) -> None: ...
     def _sabotage(self, what: str) -> None: ...
 
+def policy_names() -> list[str]: ...
+
+class _Policy:
+    """A replacement policy by itself, without an index, for a tier of `capacity_pages` pages: for tests and benchmarks.
+
+    A slot, below 2^27, stands for an entry; `key` for its user, whom the policy may remember when the entry is gone.
+    """
+
+    def __init__(self, name: str, capacity_pages: int) -> None: ...
+    def insert(self, slot: int, key: int, pages: int) -> None: ...
+    def access(self, slot: int) -> None: ...
+    def refresh(self, slot: int) -> None:
+        """As recent as if accessed, but no more frequent."""
+
+    def resize(self, slot: int, pages: int) -> None: ...
+    def remove(self, slot: int, evicted: bool) -> None:
+        """`evicted`: to make room, as opposed to states that became void."""
+
+    def victim(self, pinned: Sequence[int] = ()) -> int | None:
+        """The slot to take from next, still listed; None when all are pinned."""
+
+    def grow(self, pages: int) -> None: ...
+    def replay(self, users: npt.NDArray[np.int32], pages: npt.NDArray[np.int32], recent: int = 0) -> int:
+        """Hits of requests for `users` int32 [requests], each of `pages[user]` pages, int32 [users].
+
+        Whole users are evicted. Those of the last `recent` requests, at most 1024, are pinned; who finds no room is
+        not kept. FailedPrecondition when entries came or went by other calls.
+        """
+
+    def contains(self, slot: int) -> bool: ...
+    def __len__(self) -> int: ...
+    @property
+    def pages(self) -> int: ...
+    def check(self) -> None: ...
+
 class PageAllocator:
     """Free page ids of one tier, given out in runs of neighbours: O(1) a page."""
 

@@ -14,6 +14,7 @@
 #include "buffers.h"
 #include "chain.h"
 #include "index.h"
+#include "policies/bindings.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -276,6 +277,7 @@ NB_MODULE(_core, module) {
     module.def("extend_chain", &extend, "chain_out"_a, "rows"_a, "seed"_a);
     bind_allocator(module);
     bind_index(module);
+    bind_policy(module);
     bind_attention_work(module);
     bind_batch_layout(module);
     bind_transfer(module);

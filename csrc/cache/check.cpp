@@ -97,12 +97,13 @@ void Index::check_tier(Tier tier, const std::vector<bool>& owned) const {
     const char* name = kTierNames[tier];
     state.allocator.check();
     state.policy->check();
-    int64_t used = 0, users = 0, listed = 0;
+    int64_t used = 0, users = 0, listed = 0, listed_pages = 0;
     for (const auto& entry : entries_) {
         if (!entry) continue;
         used += pages_for(entry->on[tier].tokens);
         users += entry->on[tier].tokens > 0;
         listed += entry->on[tier].listed;
+        if (entry->on[tier].listed) listed_pages += static_cast<int64_t>(entry->on[tier].pages.size());
     }
     const int64_t held = std::count(owned.begin(), owned.end(), true);
     require(held + state.allocator.free() == state.allocator.total(), name,
@@ -111,6 +112,8 @@ void Index::check_tier(Tier tier, const std::vector<bool>& owned) const {
     require(used == state.used, name, "counter of used pages disagrees with the entries");
     require(users == state.users, name, "counter of users disagrees with the entries");
     require(static_cast<size_t>(listed) == state.policy->size(), "policy", std::string(name) + " policy lists strangers");
+    require(listed_pages == state.policy->pages(), "policy",
+            std::string(name) + " policy knows of " + std::to_string(state.policy->pages()) + " pages, not " + std::to_string(listed_pages));
 }
 
 void Index::check_tickets() const {
@@ -155,7 +158,7 @@ void Index::sabotage(const std::string& what) {
     else if (what == "foreign page") gpu.pages.back() = tiers_[kGpu].allocator.total();
     else if (what == "long tokens") set_tokens(entry, kGpu, gpu.tokens + page_tokens_);
     else if (what == "short chain") entry.chain.pop_back();
-    else if (what == "unlisted") tiers_[kGpu].policy->remove(entry.slot);
+    else if (what == "unlisted") tiers_[kGpu].policy->remove(entry.slot, false);
     else if (what == "used counter") ++tiers_[kGpu].used;
     else if (what == "stray pin") entry.store = next_ticket_++;
     else if (what == "unfindable") table_.erase(entry.user);

@@ -49,7 +49,8 @@ void Index::acquire(Entry& entry, Tier tier, int32_t pages, double now) {
     const int64_t missing = static_cast<int64_t>(pages) - static_cast<int64_t>(held.size());
     if (missing > allocator.free()) evict(tier, missing - allocator.free(), now);
     allocator.take(missing, held);
-    list(entry, tier, now);
+    if (!entry.on[tier].listed) list(entry, tier, now);
+    else if (missing > 0) tiers_[tier].policy->resize(entry.slot, static_cast<int32_t>(held.size()));
 }
 
 void Index::evict(Tier tier, int64_t shortfall, double now) {
@@ -77,7 +78,7 @@ void Index::evict_tail(Entry& victim, Tier tier, int32_t pages, double now) {
     const int64_t kept = static_cast<int64_t>(holding.pages.size()) - pages;
     if (tier == kGpu) unsaved_pages_ += unsaved(victim, kept);
     set_tokens(victim, tier, static_cast<int32_t>(std::min<int64_t>(holding.tokens, kept * page_tokens_)));
-    settle(victim, tier);
+    settle(victim, tier, true);
     fit_chain(victim);
     if (tier == kGpu && !victim.lost) victim.lost = now;
     tiers_[tier].evicted_pages += pages;
@@ -92,21 +93,33 @@ void Index::note_return(Entry& entry, double now) {
     entry.lost.reset();
 }
 
-void Index::touch(Entry& entry, double now) {
+// A batch of the user begins: one request, however many steps brought its states before.
+void Index::use(Entry& entry, double now) {
+    for (Tier tier : kTiers) {
+        Holding& holding = entry.on[tier];
+        if (!holding.listed) continue;
+        if (holding.fresh) tiers_[tier].policy->refresh(entry.slot, now);
+        else tiers_[tier].policy->access(entry.slot, now);
+        holding.fresh = false;
+    }
+}
+
+void Index::refresh(Entry& entry, double now) {
     for (Tier tier : kTiers)
-        if (entry.on[tier].listed) tiers_[tier].policy->access(entry.slot, facts(entry, tier), now);
+        if (entry.on[tier].listed) tiers_[tier].policy->refresh(entry.slot, now);
 }
 
 void Index::list(Entry& entry, Tier tier, double now) {
     Holding& holding = entry.on[tier];
-    if (holding.listed || !entry.live || holding.pages.empty()) return;
+    if (!entry.live || holding.pages.empty()) return;
     tiers_[tier].policy->insert(entry.slot, facts(entry, tier), now);
     holding.listed = true;
+    holding.fresh = tier == kGpu && entry.load;
 }
 
-void Index::unlist(Entry& entry, Tier tier) {
+void Index::unlist(Entry& entry, Tier tier, bool evicted) {
     if (!entry.on[tier].listed) return;
-    tiers_[tier].policy->remove(entry.slot);
+    tiers_[tier].policy->remove(entry.slot, evicted);
     entry.on[tier].listed = false;
 }
 
@@ -124,11 +137,13 @@ void Index::fit_chain(Entry& entry) {
 }
 
 // Gives back the pages beyond the committed tokens. Only where no open ticket may use them.
-void Index::settle(Entry& entry, Tier tier) {
+void Index::settle(Entry& entry, Tier tier, bool evicted) {
     Holding& holding = entry.on[tier];
     const size_t kept = pages_for(holding.tokens);
+    if (holding.pages.size() == kept) return;
     for (; holding.pages.size() > kept; holding.pages.pop_back()) tiers_[tier].allocator.release(holding.pages.back());
-    if (holding.pages.empty()) unlist(entry, tier);
+    if (holding.pages.empty()) unlist(entry, tier, evicted);
+    else if (holding.listed) tiers_[tier].policy->resize(entry.slot, static_cast<int32_t>(kept));
 }
 
 // Call after closing a ticket (or detaching): the last one settles the entry.

@@ -123,7 +123,7 @@ void Index::correct(Entry& entry, ChainView chain) {
 
 void Index::plan_member(Batch& batch, Entry& entry, ChainView chain, const BatchPlan& plan, size_t row, double now) {
     const int32_t wanted = pages_for(chain.size);
-    touch(entry, now);
+    use(entry, now);
     acquire(entry, kGpu, wanted, now);
     const auto& pages = entry.on[kGpu].pages;
     const int64_t room = static_cast<int64_t>(pages.size()) * page_tokens_;
@@ -172,12 +172,17 @@ CopyPlan Index::begin_load(std::string_view user, ChainView chain, double now) {
     CopyPlan plan = begin_copy(*entry, kGpu, target, pages_for(chain.size), now);
     if (!plan.ticket) return plan;
     note_return(*entry, now);
-    touch(*entry, now);
+    refresh(*entry, now);
     return plan;
 }
 
 void Index::touch(std::string_view user, double now) {
-    if (Entry* entry = find(user)) touch(*entry, now);
+    if (Entry* entry = find(user)) refresh(*entry, now);
+}
+
+void Index::grow_host(int64_t pages) {
+    tiers_[kHost].allocator.grow(pages);
+    tiers_[kHost].policy->grow(pages);
 }
 
 CopyPlan Index::begin_store(std::string_view user, bool tail, double now) {
@@ -239,7 +244,7 @@ bool Index::invalidate(std::string_view user) {
     ++invalidated_;
     for (Tier tier : kTiers) {
         set_tokens(*entry, tier, 0);
-        unlist(*entry, tier);
+        unlist(*entry, tier, false);
     }
     fit_chain(*entry);
     table_.erase(entry->user);

@@ -55,6 +55,7 @@ struct Holding {
     std::vector<int32_t> pages;
     int32_t tokens = 0;
     bool listed = false;  // known to the tier's policy
+    bool fresh = false;   // listed by a load, whose request has had no batch yet
 };
 
 struct Entry {
@@ -130,10 +131,10 @@ public:
     void end_load(Ticket ticket, bool success);
     CopyPlan begin_store(std::string_view user, bool tail, double now);  // without `tail` full pages only
     int32_t unsaved_tokens(std::string_view user) const;  // on the GPU and not on the host
-    void grow_host(int64_t pages) { tiers_[kHost].allocator.grow(pages); }
+    void grow_host(int64_t pages);
     void end_store(Ticket ticket, bool success);
 
-    // Counts as a use of the user's states in both tiers, so that others are evicted first.
+    // The user's states in both tiers are wanted soon: as recent as those just used, but not used once more.
     void touch(std::string_view user, double now);
     bool invalidate(std::string_view user);
     int64_t invalidate_all();
@@ -154,7 +155,7 @@ public:
 private:
     struct TierState {
         TierState(int64_t pages, const std::string& policy_name, bool track_freed)
-            : allocator(pages, track_freed), policy(make_policy(policy_name)) {}
+            : allocator(pages, track_freed), policy(make_policy(policy_name, pages)) {}
         PageAllocator allocator;
         std::unique_ptr<Policy> policy;
         int64_t used = 0;   // committed pages
@@ -194,12 +195,13 @@ private:
     void evict_tail(Entry& victim, Tier tier, int32_t pages, double now);
     int64_t unsaved(const Entry& entry, int64_t kept) const;
     void note_return(Entry& entry, double now);
-    void touch(Entry& entry, double now);
+    void use(Entry& entry, double now);
+    void refresh(Entry& entry, double now);
     void list(Entry& entry, Tier tier, double now);
-    void unlist(Entry& entry, Tier tier);
+    void unlist(Entry& entry, Tier tier, bool evicted);
     void set_tokens(Entry& entry, Tier tier, int32_t tokens);
     void fit_chain(Entry& entry);
-    void settle(Entry& entry, Tier tier);
+    void settle(Entry& entry, Tier tier, bool evicted = false);
     void unpin(Entry& entry);
 
     void check_entry(const Entry& entry, std::array<std::vector<bool>, 2>& owned) const;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace mtserve {
 
@@ -29,16 +30,23 @@ public:
 
     virtual ~Policy() = default;
     virtual void insert(Slot slot, const Facts& facts, double now) = 0;
-    virtual void access(Slot slot, const Facts& facts, double now) = 0;
-    virtual void remove(Slot slot) = 0;
+    virtual void access(Slot slot, double now) = 0;   // another request of the user
+    virtual void refresh(Slot slot, double now) = 0;  // a request that is counted elsewhere: recent, but no more frequent
+    virtual void resize(Slot slot, int32_t pages) = 0;
+    // `evicted`: to make room, so that the user's return would tell something; else its states are void.
+    virtual void remove(Slot slot, bool evicted) = 0;
     // The entry to take from next, still listed; kNoSlot when every entry is pinned.
     virtual Slot victim(const Evictable& evictable, double now) = 0;
+    virtual void grow(int64_t pages) = 0;  // the tier has so many more
     virtual bool contains(Slot slot) const = 0;
     virtual size_t size() const = 0;
+    virtual int64_t pages() const = 0;  // of all listed entries
     virtual void check() const = 0;
 };
 
-// "lru". Throws InvalidArgument for other names.
-std::unique_ptr<Policy> make_policy(const std::string& name);
+std::vector<std::string> policy_names();
+
+// For a tier of `capacity_pages` pages. Throws InvalidArgument for other names than those above.
+std::unique_ptr<Policy> make_policy(const std::string& name, int64_t capacity_pages);
 
 }  // namespace mtserve

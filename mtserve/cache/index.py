@@ -116,7 +116,8 @@ class TieredIndex(_core.Index):
     `check()`: walks everything; CorruptState names the first broken invariant.
 
     A user id is 1 to 256 bytes of UTF-8, a chain uint64 [tokens] of at most 2^24; InvalidArgument otherwise.
-    `host_pages=0` turns the host tier off. `track_freed` makes `drain_freed` report.
+    `policy` is one of `mtserve._core.policy_names()`. It sees a request once, when its batch begins, whatever loads and
+    touches came before. `host_pages=0` turns the host tier off. `track_freed` makes `drain_freed` report.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class TieredIndex(_core.Index):
         return self._begin_batch(users, chains, cached, stored, page_table, self._clock())
 
     def touch(self, users: Sequence[str]) -> None:
-        """Count a use of each user's states without reading them, so that others are evicted first."""
+        """Make each user's states as recent as those just read, which is no further use: its batch will be counted."""
         self._touch(users, self._clock())
 
     def begin_load(self, user: str, chain: Chain) -> Load | None:

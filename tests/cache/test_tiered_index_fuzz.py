@@ -82,20 +82,20 @@ ALWAYS = {
 
 
 @pytest.mark.parametrize(
-    ("seed", "page_tokens", "gpu_pages", "host_pages", "met"),
+    ("seed", "page_tokens", "gpu_pages", "host_pages", "policy", "met"),
     [
-        (1, 4, 20, 30, set()),
-        (2, 3, 12, 9, {"short store"}),
-        (3, 1, 25, 40, set()),
-        (8, 5, 6, 14, set()),
-        (5, 4, 40, 8, {"short store"}),
-        (6, 4, 60, 80, set()),
-        (7, 2, 14, 60, set()),
+        (1, 4, 20, 30, "lru", set()),
+        (2, 3, 12, 9, "sieve", {"short store"}),
+        (3, 1, 25, 40, "s3fifo", set()),
+        (8, 5, 6, 14, "arc", set()),
+        (5, 4, 40, 8, "gdsf", {"short store"}),
+        (6, 4, 60, 80, "wtinylfu", set()),
+        (7, 2, 14, 60, "lru", set()),
     ],
 )
-def test_fuzz(seed: int, page_tokens: int, gpu_pages: int, host_pages: int, met: set[str]):
+def test_fuzz(seed: int, page_tokens: int, gpu_pages: int, host_pages: int, policy: str, met: set[str]):
     rng = random.Random(seed)
-    world = World(rng, page_tokens, gpu_pages, host_pages)
+    world = World(rng, page_tokens, gpu_pages, host_pages, policy)
     histories: dict[str, list[int]] = {user: [] for user in USERS}
     for _ in range(12000):
         _step(world, rng, histories)

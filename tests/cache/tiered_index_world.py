@@ -20,10 +20,12 @@ WIDTH = 16
 
 
 class World:
-    def __init__(self, rng: random.Random, page_tokens: int, gpu_pages: int, host_pages: int) -> None:
+    def __init__(
+        self, rng: random.Random, page_tokens: int, gpu_pages: int, host_pages: int, policy: str = "lru"
+    ) -> None:
         self.rng, self.size = rng, page_tokens
         self.now = 0.0
-        self.index = TieredIndex(page_tokens, gpu_pages, host_pages, clock=self.tick, track_freed=True)
+        self.index = TieredIndex(page_tokens, gpu_pages, host_pages, policy, self.tick, track_freed=True)
         self.pages = {"gpu": {}, "host": {}}
         for tier, count in (("gpu", gpu_pages), ("host", host_pages)):
             self.pages[tier] = {page: [None] * page_tokens for page in range(count)}

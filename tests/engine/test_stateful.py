@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from small_models import CAUSAL, make_features, small_model
 
+from mtserve._core import policy_names
 from mtserve.errors import NotFound, TransferFailed
 from mtserve.restore.costs import Costs, costs_for_cpu
 from mtserve.transfer.chaos import Chaos
@@ -57,6 +58,7 @@ class EngineMachine(RuleBasedStateMachine):
         slow=st.sampled_from([0.0, 0.0, 0.4]),
         near_loads=st.booleans(),
         host_format=st.sampled_from(["kv", "kv", *TOLERANCES]),
+        policy=st.sampled_from(policy_names()),
         costs=st.sampled_from([*COSTS]),
         seed=st.integers(0, 999),
     )
@@ -72,6 +74,7 @@ class EngineMachine(RuleBasedStateMachine):
         slow: float,
         near_loads: bool,
         host_format: str,
+        policy: str,
         costs: str,
         seed: int,
     ) -> None:
@@ -82,6 +85,7 @@ class EngineMachine(RuleBasedStateMachine):
             page_tokens=page_tokens,
             seed=seed,
             host_format=host_format,
+            policy=policy,
             tolerance=TOLERANCES[host_format],
             costs=COSTS[costs],
             max_batch_tokens=batch,

@@ -1,0 +1,134 @@
+// A policy by itself, without an index: what tests compare with models and benchmarks time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "../errors.h"
+#include "../policy.h"
+#include "../xxh64.h"
+
+namespace mtserve {
+
+class Solo {
+public:
+    Solo(const std::string& name, int64_t capacity_pages)
+        : policy_(make_policy(name, checked_capacity(capacity_pages))), capacity_(capacity_pages) {}
+
+    void insert(Slot slot, uint64_t key, int32_t pages) {
+        if (slot > kLastSlot) throw invalid_argument("slot", std::to_string(slot) + " is above " + std::to_string(kLastSlot));
+        if (policy_->contains(slot)) throw invalid_argument("slot", std::to_string(slot) + " is listed already");
+        policy_->insert(slot, {key, checked(pages)}, 0);
+    }
+    void access(Slot slot) { policy_->access(listed(slot), 0); }
+    void refresh(Slot slot) { policy_->refresh(listed(slot), 0); }
+    void resize(Slot slot, int32_t pages) { policy_->resize(listed(slot), checked(pages)); }
+    void remove(Slot slot, bool evicted) { policy_->remove(listed(slot), evicted); }
+
+    Slot victim(const std::unordered_set<Slot>& pinned) {
+        struct Others final : Policy::Evictable {
+            explicit Others(const std::unordered_set<Slot>& pinned) : pinned(pinned) {}
+            bool operator()(Slot slot) const override { return !pinned.count(slot); }
+            const std::unordered_set<Slot>& pinned;
+        };
+        return policy_->victim(Others(pinned), 0);
+    }
+
+    void grow(int64_t pages) {
+        if (pages < 0) throw invalid_argument("pages", std::to_string(pages) + " is negative");
+        checked_capacity(capacity_ + pages);
+        policy_->grow(pages);
+        capacity_ += pages;
+    }
+
+    const Policy& policy() const { return *policy_; }
+
+    // Requests of whole users, one after the other, each of pages[user] pages; the users of the last `recent` requests
+    // are pinned. Returns how many requests found their user. Slots are given out as the index does: the last freed first.
+    int64_t replay(const int32_t* users, int64_t requests, const int32_t* pages, int64_t known, int64_t recent) {
+        if (policy_->size() != user_of_.size() - free_.size())
+            throw failed_precondition("users", "entries came or went by other calls than replay");
+        if (slot_of_.size() < static_cast<size_t>(known)) slot_of_.resize(static_cast<size_t>(known), kNoSlot);
+        Recent pinned(user_of_, recent);
+        int64_t hits = 0;
+        for (int64_t i = 0; i < requests; ++i) {
+            const int32_t user = users[i];
+            if (slot_of_[user] != kNoSlot) {
+                policy_->access(slot_of_[user], 0);
+                ++hits;
+            } else if (make_room(pages[user], pinned)) {
+                policy_->insert(seat(user), {xxh64(&user, sizeof user, 0), pages[user]}, 0);
+            }
+            pinned.add(user);
+        }
+        return hits;
+    }
+
+private:
+    // The users of the last requests; few, so that a look at all of them is cheap.
+    struct Recent final : Policy::Evictable {
+        Recent(const std::vector<int32_t>& user_of, int64_t count) : user_of(user_of), ring(static_cast<size_t>(count), -1) {}
+        void add(int32_t user) {
+            if (ring.empty()) return;
+            ring[next] = user;
+            next = (next + 1) % ring.size();
+        }
+        bool operator()(Slot slot) const override { return std::find(ring.begin(), ring.end(), user_of[slot]) == ring.end(); }
+        const std::vector<int32_t>& user_of;
+        std::vector<int32_t> ring;
+        size_t next = 0;
+    };
+
+    static constexpr Slot kLastSlot = (1 << 27) - 1;
+
+    static int64_t checked_capacity(int64_t pages) {
+        if (pages < 0 || pages > INT32_MAX)
+            throw invalid_argument("capacity_pages", std::to_string(pages) + " is outside 0 to " + std::to_string(INT32_MAX));
+        return pages;
+    }
+
+    static int32_t checked(int32_t pages) {
+        if (pages < 1) throw invalid_argument("pages", std::to_string(pages) + " is less than 1");
+        return pages;
+    }
+
+    Slot listed(Slot slot) const {
+        if (!policy_->contains(slot)) throw invalid_argument("slot", std::to_string(slot) + " is not listed");
+        return slot;
+    }
+
+    bool make_room(int32_t pages, const Recent& pinned) {
+        while (policy_->pages() + pages > capacity_) {
+            const Slot slot = policy_->victim(pinned, 0);
+            if (slot == kNoSlot) return false;
+            policy_->remove(slot, true);
+            slot_of_[user_of_[slot]] = kNoSlot;
+            free_.push_back(slot);
+        }
+        return true;
+    }
+
+    Slot seat(int32_t user) {
+        if (free_.empty()) {
+            free_.push_back(static_cast<Slot>(user_of_.size()));
+            user_of_.push_back(-1);
+        }
+        const Slot slot = free_.back();
+        free_.pop_back();
+        slot_of_[user] = slot;
+        user_of_[slot] = user;
+        return slot;
+    }
+
+    std::unique_ptr<Policy> policy_;
+    int64_t capacity_;
+    std::vector<Slot> slot_of_;     // by user of a replay; kNoSlot where not listed
+    std::vector<int32_t> user_of_;  // by slot
+    std::vector<Slot> free_;
+};
+
+}  // namespace mtserve
