@@ -26,7 +26,8 @@ from mtserve.transfer.mover import Arrivals
 
 # Graphs kept at once; the least recently used goes first. A graph of 8 layers takes a few hundred KiB.
 MAX_GRAPHS = 256
-# Batches of a kind launched kernel by kernel before it is captured, which takes about as long as they lose together.
+# Batches of a kind launched kernel by kernel before it is captured: capturing takes longer than one of them loses. How
+# many is a guess, which no benchmark has tried yet.
 RUNS_BEFORE_CAPTURE = 3
 
 

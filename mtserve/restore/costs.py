@@ -81,7 +81,7 @@ class Costs:
 
 
 def costs_for_cpu() -> Costs:
-    """Assumed where nothing was calibrated: loading is free, and every row takes some time."""
+    """For an engine on the CPU whose batches are to decide: loading is free, and every row takes some time."""
     return Costs(
         link=((1, FREE_BYTES_PER_S),), load_s=0.0, batch_s=0.0, layer_s=0.0, row_s=1e-6, pair_s=0.0, unpack_s=0.0
     )

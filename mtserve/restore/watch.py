@@ -7,7 +7,8 @@ from collections import Counter, deque
 from statistics import median
 from typing import Any, NamedTuple
 
-WAYS = ("load", "split", "recompute")
+from mtserve.restore.choice import LOAD, RECOMPUTE, SPLIT
+
 log = logging.getLogger(__name__)
 
 WINDOW = 256
@@ -64,7 +65,7 @@ class PredictionWatch:
             if len(values) < RECENT:
                 values.append(sample.beyond_s)
         known = {way: median(values) for way, values in beyond.items()}
-        self.offsets = {**dict.fromkeys(WAYS, median(known.values())), **known}
+        self.offsets = {**dict.fromkeys((LOAD, SPLIT, RECOMPUTE), median(known.values())), **known}
 
     def error(self) -> float | None:
         """Median of |predicted - actual| / actual over the window; None where it is empty."""
