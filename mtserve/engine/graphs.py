@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,13 +17,17 @@ from mtserve.engine.heads import TaskHeads
 from mtserve.engine.metadata import Capacity, Metadata, bucket_rows
 from mtserve.engine.stack import Stack
 from mtserve.engine.tokens import TokenEmbedding
-from mtserve.kernels.cuda.driver import Event, OwnStream, current_context, launch_graph, use_context
+from mtserve.errors import MtserveError
+from mtserve.kernels.cuda.driver import Event, OwnStream, current_context, use_context
+from mtserve.kernels.cuda.graph import Graph, capture
 from mtserve.kernels.host_copy.cuda import HostCopy
 from mtserve.kernels.host_format.packed import PackedPages
 from mtserve.kernels.late_rows.triton import late_rows
 from mtserve.model.ranking import RankingModel
 from mtserve.transfer.cuda_mover import layer_groups
 from mtserve.transfer.mover import Arrivals
+
+log = logging.getLogger(__name__)
 
 # Graphs kept at once; the least recently used goes first. A graph of 8 layers takes a few hundred KiB.
 MAX_GRAPHS = 256
@@ -96,7 +101,7 @@ class GraphRunner:
             self._copy = HostCopy()
             self._context = current_context()
             self._capturing = OwnStream()  # what others queued on it meanwhile would become part of the graph
-        self._graphs: OrderedDict[GraphKey, torch.cuda.CUDAGraph] = OrderedDict()
+        self._graphs: OrderedDict[GraphKey, Graph] = OrderedDict()
         self._runs: dict[GraphKey, int] = {}  # batches of each kind that were launched kernel by kernel
         self._rows = self._padded_rows = self._captures = 0
 
@@ -162,15 +167,12 @@ class GraphRunner:
         if not self._capture:
             self._run(key)
             return
-        graph = self._graphs.get(key)
+        graph = self._graphs.get(key) or self._captured(key)
         if graph is None:
-            runs = self._runs[key] = self._runs.get(key, 0) + 1  # of a few thousand keys at most
-            if runs <= RUNS_BEFORE_CAPTURE:
-                self._run(key)
-                return
-            graph = self._record(key)
+            self._run(key)
+            return
         self._graphs.move_to_end(key)
-        launch_graph(graph.raw_cuda_graph_exec(), stream)
+        graph.launch(stream)
 
     @torch.inference_mode()
     def _run(self, key: GraphKey) -> None:
@@ -195,17 +197,23 @@ class GraphRunner:
         row, counts = metadata.on_device(bucket, "row"), metadata.on_device(bucket, "counts")[2:]
         self._heads.run(x, self._stack.final_offset, row, counts, self._logits[:bucket])
 
-    @torch.inference_mode()
-    def _record(self, key: GraphKey) -> torch.cuda.CUDAGraph:
-        """Capture what a batch before has run kernel by kernel, so that all is compiled and loaded.
+    def _captured(self, key: GraphKey) -> Graph | None:
+        """A new graph for `key`; None where its kind has not come often enough, or cannot be captured.
 
-        Capturing takes milliseconds and waits for the device, where launching the kernels takes one or two: kinds that
+        Captured is only what a batch before has run kernel by kernel, so that all is compiled and loaded. Kinds that
         hardly ever come, of which there are many where batches are of all sizes and split anywhere, are not worth it.
         """
-        graph = torch.cuda.CUDAGraph()
+        runs = self._runs[key] = self._runs.get(key, 0) + 1  # of a few thousand keys at most
+        if runs <= RUNS_BEFORE_CAPTURE:
+            return None
         stream = torch.cuda.ExternalStream(self._capturing.handle, self._model.device)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._run(key)
+        try:
+            with torch.cuda.stream(stream):
+                graph = capture(self._capturing.handle, lambda: self._run(key))
+        except (MtserveError, RuntimeError):  # ours, and torch's and Triton's
+            log.exception("a batch of %d rows could not be captured; it is launched kernel by kernel", key.rows)
+            self._runs[key] = 0  # not tried again at once
+            return None
         self._captures += 1
         self._graphs[key] = graph
         if len(self._graphs) > MAX_GRAPHS:

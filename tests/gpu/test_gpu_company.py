@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from engine_world import Pending, World
 from small_models import CAUSAL, small_model
 
-from mtserve.kernels.cuda.driver import current_context
+from mtserve.engine.graphs import RUNS_BEFORE_CAPTURE, GraphRunner
+from mtserve.kernels.cuda.driver import OwnStream, current_context
+from mtserve.kernels.cuda.graph import Graph, capture
 from mtserve.kernels.cuda.queue import DriverQueue
 
 pytestmark = pytest.mark.gpu
@@ -75,7 +78,7 @@ def test_what_others_queue_meanwhile_becomes_no_part_of_a_graph() -> None:
         with Feeder() as feeder:
             w.put("a", 300)
             for candidates in range(40, 500, 64):  # each of another bucket of rows
-                for _ in range(3):  # the second of a kind is captured
+                for _ in range(RUNS_BEFORE_CAPTURE + 2):
                     pending = [w.submit("a", candidates)]
                     w.run()
                     check(pending)
@@ -85,6 +88,107 @@ def test_what_others_queue_meanwhile_becomes_no_part_of_a_graph() -> None:
         torch.cuda.synchronize()
         assert (feeder.targets.cpu() == feeder.source).all()
         w.assert_idle()
+    finally:
+        w.engine.close()
+
+
+class Cycle:
+    """A graph that only the collector can free."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph | Graph) -> None:
+        self.graph, self.itself = graph, self
+
+
+def make_graph(ours: bool) -> torch.cuda.CUDAGraph | Graph:
+    values, own = torch.zeros(4, device="cuda"), OwnStream()
+    if ours:
+        with torch.cuda.stream(torch.cuda.ExternalStream(own.handle)):
+            return capture(own.handle, values.zero_)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        values.zero_()
+    return graph
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_graphs_may_be_freed_during_a_capture(ours: bool) -> None:
+    """The collector runs whenever it likes."""
+    garbage = [Cycle(make_graph(ours)) for _ in range(3)]
+    values, own = torch.zeros(4, device="cuda"), OwnStream()
+
+    def work() -> None:
+        values.add_(1)
+        garbage.clear()
+        gc.collect()
+        values.add_(1)
+
+    with torch.cuda.stream(torch.cuda.ExternalStream(own.handle)):
+        graph = capture(own.handle, work)
+    torch.cuda.synchronize()
+    assert values.tolist() == [0] * 4
+    graph.launch(own.handle)
+    torch.cuda.synchronize()
+    assert values.tolist() == [2] * 4
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was() -> None:
+    values, own = torch.zeros(4, device="cuda"), OwnStream()
+
+    def work() -> None:
+        values.add_(1)
+        raise ZeroDivisionError
+
+    with torch.cuda.stream(torch.cuda.ExternalStream(own.handle)):
+        with pytest.raises(ZeroDivisionError):
+            capture(own.handle, work)
+        values.add_(2)
+    torch.cuda.synchronize()
+    assert values.tolist() == [2] * 4
+
+
+def test_batches_that_cannot_be_captured_are_launched_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = make_world("cuda", gpu_pages=60, host_pages=80)
+    run, failed = GraphRunner._run, []
+
+    def fails(self: GraphRunner, key: object) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            failed.append(key)
+            raise RuntimeError("no")
+        run(self, key)
+
+    monkeypatch.setattr(GraphRunner, "_run", fails)
+    try:
+        w.put("a", 300)
+        for _ in range(2 * RUNS_BEFORE_CAPTURE + 4):
+            pending = [w.submit("a", 40)]
+            w.run()
+            check(pending)
+        assert w.engine.stats()["runner"]["captures"] == 0
+        assert len(failed) > 1  # tried again, but not with each batch
+        w.assert_idle()
+    finally:
+        w.engine.close()
+
+
+def test_a_forward_takes_no_memory_from_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph uses must be nobody else's later, and torch does not know that it was captured."""
+    w = make_world("cuda", gpu_pages=60, host_pages=80)
+    run, taken = GraphRunner._run, []
+
+    def noted(self: GraphRunner, key: object) -> None:
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        run(self, key)
+        taken.append(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
+
+    monkeypatch.setattr(GraphRunner, "_run", noted)
+    try:
+        w.put("a", 300)
+        for candidates in (40, 500, 40, 500, 40):
+            pending = [w.submit("a", candidates)]
+            w.run()
+            check(pending)
+        assert taken[2:] == [0] * (len(taken) - 2)  # the first of each kind may load modules
+        assert len(taken) > 3
     finally:
         w.engine.close()
 

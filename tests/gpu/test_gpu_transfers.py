@@ -17,7 +17,8 @@ from gpu_delays import MS, delay_groups, delay_stream, group_all_loads, in_step
 from mtserve.cache.index import Copy
 from mtserve.engine.gates import Gates, LayerWaits
 from mtserve.errors import ResourceExhausted, TransferFailed
-from mtserve.kernels.cuda.driver import CudaError, Event, launch_graph
+from mtserve.kernels.cuda.driver import CudaError, Event, OwnStream
+from mtserve.kernels.cuda.graph import capture
 from mtserve.transfer import cuda_mover
 from mtserve.transfer.arena import HostArena, grow_all
 from mtserve.transfer.cuda_mover import CudaMover, layer_groups
@@ -572,9 +573,9 @@ class LayerCopies:
         self.out = torch.empty(pool.shape[1], pages, *pool.shape[2:], dtype=pool.dtype, device=DEVICE)
         self._run()
         torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._run()
+        own = OwnStream()
+        with torch.cuda.stream(torch.cuda.ExternalStream(own.handle)):
+            self._graph = capture(own.handle, self._run)
 
     def _run(self) -> None:
         for layer in range(self._pool.shape[1]):
@@ -584,7 +585,7 @@ class LayerCopies:
 
     def launch(self, pages: torch.Tensor, stream: int) -> None:
         self._index.copy_(pages)
-        launch_graph(self._graph.raw_cuda_graph_exec(), stream)
+        self._graph.launch(stream)
 
 
 class Gated:

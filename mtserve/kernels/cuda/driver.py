@@ -96,17 +96,19 @@ def _check(name: str, code: int) -> None:
         raise CudaError(error_text(code), field=name)
 
 
-def _call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: Any) -> None:
+    """Call a function of the driver without the interpreter's lock. Raises CudaError."""
     _check(name, _function(name, False)(*arguments))
 
 
-def _queue(name: str, *arguments: Any) -> None:
+def queue_call(name: str, *arguments: Any) -> None:
+    """Likewise with the lock, for what is over at once."""
     _check(name, _function(name, True)(*arguments))
 
 
 def copy(to: int, source: int, size: int, stream: int) -> None:
     """Queue a copy of `size` bytes from the address `source` to `to`; what is on the host is pinned."""
-    _queue("cuMemcpyAsync", *map(ctypes.c_void_p, (to, source)), ctypes.c_size_t(size), ctypes.c_void_p(stream))
+    queue_call("cuMemcpyAsync", *map(ctypes.c_void_p, (to, source)), ctypes.c_size_t(size), ctypes.c_void_p(stream))
 
 
 def register_host(address: int, size: int) -> None:
@@ -114,12 +116,12 @@ def register_host(address: int, size: int) -> None:
 
     Takes milliseconds, without the interpreter's lock. Raises CudaError; nothing is pinned then.
     """
-    _call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_uint(_REGISTER_PORTABLE))
+    call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_uint(_REGISTER_PORTABLE))
 
 
 def unregister_host(address: int) -> None:
     """Unpin what was pinned from `address`. Takes milliseconds, without the interpreter's lock."""
-    _call("cuMemHostUnregister", ctypes.c_void_p(address))
+    call("cuMemHostUnregister", ctypes.c_void_p(address))
 
 
 def copy_batch(to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:
@@ -143,7 +145,7 @@ def _copy_some(to: Addresses, source: Addresses, sizes: Addresses, stream: int) 
     lists = [ctypes.c_void_p(each.ctypes.data) for each in (to, source, sizes)]
     attributes, used_from, failed = _CopyAttributes(order=_STREAM_ORDER), ctypes.c_size_t(0), ctypes.c_size_t()
     reported = () if name.endswith("_v2") else (ctypes.byref(failed),)
-    _queue(
+    queue_call(
         name, *lists, ctypes.c_size_t(len(to)), ctypes.byref(attributes), ctypes.byref(used_from), ctypes.c_size_t(1),
         *reported, ctypes.c_void_p(stream),
     )  # fmt: skip
@@ -156,21 +158,16 @@ def batch_name() -> str:
     return next((name for name in names if hasattr(_library(keeps_lock=True), name)), "")
 
 
-def launch_graph(executable: int, stream: int) -> None:
-    """Queue an instantiated graph (`torch.cuda.CUDAGraph.raw_cuda_graph_exec`)."""
-    _queue("cuGraphLaunch", ctypes.c_void_p(executable), ctypes.c_void_p(stream))
-
-
 def current_context() -> int:
     """The context that is current in this thread."""
     handle = ctypes.c_void_p()
-    _call("cuCtxGetCurrent", ctypes.byref(handle))
+    call("cuCtxGetCurrent", ctypes.byref(handle))
     return handle.value or 0
 
 
 def use_context(context: int) -> None:
     """Make `context` current in this thread; a thread that has not called CUDA yet has none."""
-    _queue("cuCtxSetCurrent", ctypes.c_void_p(context))
+    queue_call("cuCtxSetCurrent", ctypes.c_void_p(context))
 
 
 class OwnStream:
@@ -181,7 +178,7 @@ class OwnStream:
 
     def __init__(self) -> None:
         self._handle = ctypes.c_void_p()
-        _call("cuStreamCreate", ctypes.byref(self._handle), ctypes.c_uint(_STREAM_NON_BLOCKING))
+        call("cuStreamCreate", ctypes.byref(self._handle), ctypes.c_uint(_STREAM_NON_BLOCKING))
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # the driver may be gone before us
@@ -197,7 +194,7 @@ class Event:
 
     def __init__(self, *, timed: bool = False) -> None:
         self._handle = ctypes.c_void_p()
-        _call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(0 if timed else _EVENT_DISABLE_TIMING))
+        call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(0 if timed else _EVENT_DISABLE_TIMING))
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # the driver may be gone before us
@@ -209,7 +206,7 @@ class Event:
 
     def record(self, stream: int) -> None:
         """Mark where the stream stands."""
-        _queue("cuEventRecord", self._handle, ctypes.c_void_p(stream))
+        queue_call("cuEventRecord", self._handle, ctypes.c_void_p(stream))
 
     def hold_back(self, stream: int, *, external: bool = False) -> None:
         """What is queued on `stream` from now on waits for what the event marks now.
@@ -217,7 +214,7 @@ class Event:
         `external`: `stream` is being captured, and the graph waits at each launch for what the event marks then.
         """
         flags = ctypes.c_uint(_EVENT_WAIT_EXTERNAL if external else 0)
-        _queue("cuStreamWaitEvent", ctypes.c_void_p(stream), self._handle, flags)
+        queue_call("cuStreamWaitEvent", ctypes.c_void_p(stream), self._handle, flags)
 
     def passed(self) -> bool:
         """Whether the device has come to where the event was recorded last."""
@@ -230,12 +227,12 @@ class Event:
     def seconds_since(self, earlier: Event) -> float:
         """From `earlier` to this one on the device's clock, negative when it was the later; both timed and passed."""
         milliseconds = ctypes.c_float()
-        _call("cuEventElapsedTime", ctypes.byref(milliseconds), earlier._handle, self._handle)
+        call("cuEventElapsedTime", ctypes.byref(milliseconds), earlier._handle, self._handle)
         return milliseconds.value / 1000
 
     def synchronize(self) -> None:
         """Wait, without the interpreter's lock, until the device has come to where the event was recorded last."""
-        _call("cuEventSynchronize", self._handle)
+        call("cuEventSynchronize", self._handle)
 
 
 class Module:
@@ -243,20 +240,20 @@ class Module:
 
     def __init__(self, image: bytes) -> None:
         self._handle = ctypes.c_void_p()
-        _call("cuModuleLoadData", ctypes.byref(self._handle), image)
+        call("cuModuleLoadData", ctypes.byref(self._handle), image)
 
     def read_int(self, name: str) -> int:
         """The value of a global `const int`."""
         address, size, value = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_int()
-        _call("cuModuleGetGlobal_v2", ctypes.byref(address), ctypes.byref(size), self._handle, name.encode())
-        _call("cuMemcpyDtoH_v2", ctypes.byref(value), address, ctypes.c_size_t(ctypes.sizeof(value)))
+        call("cuModuleGetGlobal_v2", ctypes.byref(address), ctypes.byref(size), self._handle, name.encode())
+        call("cuMemcpyDtoH_v2", ctypes.byref(value), address, ctypes.c_size_t(ctypes.sizeof(value)))
         return value.value
 
     def function(self, name: str, shared_bytes: int) -> Function:
         """The kernel `name`, allowed `shared_bytes` of dynamic shared memory."""
         handle = ctypes.c_void_p()
-        _call("cuModuleGetFunction", ctypes.byref(handle), self._handle, name.encode())
-        _call("cuFuncSetAttribute", handle, _MAX_DYNAMIC_SHARED_BYTES, ctypes.c_int(shared_bytes))
+        call("cuModuleGetFunction", ctypes.byref(handle), self._handle, name.encode())
+        call("cuFuncSetAttribute", handle, _MAX_DYNAMIC_SHARED_BYTES, ctypes.c_int(shared_bytes))
         return Function(handle, shared_bytes)
 
 
@@ -301,7 +298,7 @@ class Launch:
         """
         self._config.grid[0] = grid
         self._config.stream = torch.cuda.current_stream().cuda_stream if stream is None else stream
-        _queue("cuLaunchKernelEx", *self._arguments)
+        queue_call("cuLaunchKernelEx", *self._arguments)
 
 
 def tensor_map(pointer: int, dtype: torch.dtype, shape: tuple[int, int], box: tuple[int, int]) -> Any:
@@ -313,7 +310,7 @@ def tensor_map(pointer: int, dtype: torch.dtype, shape: tuple[int, int], box: tu
     # The encoder wants 64-byte alignment, which ctypes does not promise; the view keeps the buffer alive.
     raw = ctypes.create_string_buffer(TENSOR_MAP_BYTES + 64)
     made = (ctypes.c_char * TENSOR_MAP_BYTES).from_buffer(raw, -ctypes.addressof(raw) % 64)
-    _call(
+    call(
         "cuTensorMapEncodeTiled", made, _TYPES[dtype], ctypes.c_uint32(2), ctypes.c_void_p(pointer),
         (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(columns * dtype.itemsize),
         (ctypes.c_uint32 * 2)(box[1], box[0]), (ctypes.c_uint32 * 2)(1, 1),
