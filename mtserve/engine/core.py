@@ -25,6 +25,7 @@ from mtserve.engine.memory import Memory
 from mtserve.engine.onload import MAX_LOADS
 from mtserve.engine.pace import Pace
 from mtserve.engine.planner import Planner
+from mtserve.engine.restoring import Restored
 from mtserve.engine.runner import BatchRunner, Done
 from mtserve.engine.runners import make_runner, max_prefix
 from mtserve.engine.scheduler import Scheduler, Slot
@@ -260,23 +261,27 @@ class Core:
             log.exception("a batch of %d users failed", len(flight.slots))
             self._fail(flight.slots, flight.reservation, error)
             return True
-        if waited:
-            groups = [("load_wait_seconds_total", each, str(group)) for group, each in enumerate(waited.values())]
-            self._metrics.count_many((("batches_over_loads_total", 1, ""), *groups))
         now = self._clock()
         seconds = now - flight.began
         restored = None if flight.reservation is None else flight.reservation.restored
         # The link's time says nothing of what a token takes.
         self._pace.landed(flight.began, now, 0 if restored is not None and restored.loads else flight.plan.tokens)
-        if restored is not None and self.tiers is not None:
-            self.tiers.restored(restored, seconds)
         try:
             self._commit(flight.slots, flight.reservation, flight.plan, logits, seconds)
         except Exception as error:  # ours, or the device's end: the loop stops, but nobody waits for ever
             for job in [job for slot in flight.slots for job in slot.jobs]:
                 job.fail(error)
             raise
+        self._note_landed(waited, restored, seconds)  # which nobody has to wait for
         return True
+
+    def _note_landed(self, waited: dict[int, float], restored: Restored | None, seconds: float) -> None:
+        """Count how long a batch's layers waited for loads, and hold what it took to what was predicted."""
+        if waited:
+            groups = [("load_wait_seconds_total", each, str(group)) for group, each in enumerate(waited.values())]
+            self._metrics.count_many((("batches_over_loads_total", 1, ""), *groups))
+        if restored is not None and self.tiers is not None:
+            self.tiers.restored(restored, seconds)
 
     def _commit(
         self,

@@ -16,7 +16,7 @@ from mtserve.metrics import Metrics
 from mtserve.restore.choice import Choice, Layout, Need, Work, choose, user_work
 from mtserve.restore.costs import Costs
 from mtserve.restore.watch import PredictionWatch
-from mtserve.transfer.mover import LOAD, Arrivals, Finished, Mover
+from mtserve.transfer.mover import LOAD, Arrivals, Finished, Mover, Pieces
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,12 @@ class Restoring:
             self._index.end_load(load.ticket, False)
 
     def _choose(self, loads: Sequence[Load], needs: Sequence[Need], others: Work) -> Choice:
-        run_pages = self._mover.piece_pages(loads) if loads else 1.0
-        groups = self._mover.split_groups(sum(len(load.gpu_pages) for load in loads))
-        layout = Layout(self._layers, self._page_tokens, self._layer_bytes, groups, run_pages)
+        pieces = self._mover.split_pieces(loads) if loads else Pieces((0,), 0, 1, 1.0)
+        pages = max(1, sum(len(load.gpu_pages) for load in loads))
+        layout = Layout(
+            self._layers, self._page_tokens, self._layer_bytes, pieces.groups, pieces.run_pages,
+            pieces.grouped / pages, pieces.parts,
+        )  # fmt: skip
         busy_s, offsets = self._mover.load_s(self._transfers.moving_bytes(LOAD)), self.watch.offsets
         return choose(self._costs, layout, needs, others, link_busy_s=busy_s, way=self.way, offsets=offsets)
 

@@ -3,7 +3,7 @@
 A split at layer k: the device encodes layers [0, k) of the absent tokens, while the link brings their layers [k, L);
 from k on only new tokens and candidates are encoded. k = 0 loads everything, k = L recomputes. Two queues:
 
-    link    link_busy_s, load_s, then layers k.. group by group
+    link    link_busy_s, load_s, then layers k.. of most pages, in parts, then those of the others group by group
     device  batch_s and the planning of its first rows, then layer by layer. Layer l < k: all rows. Layer l >= k: once
             its group is there, the unpacking of what came, then the new rows
 
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 from mtserve.errors import InvalidArgument
@@ -54,7 +55,8 @@ class Layout:
     """How states lie and come. `layer_bytes`: what one layer of one page takes on the link.
 
     `groups`: first layer of each group that comes together, the first of them 0; empty: each layer alone. `run_pages`:
-    neighbouring pages that one copy takes, in the mean. `splits`: layers at which a split may be; None: at any.
+    neighbouring pages that one copy takes, in the mean. `grouped`: share of the pages that comes so; before them the
+    others come with all their layers, in `parts`. `splits`: layers at which a split may be; None: at any.
     """
 
     layers: int
@@ -62,10 +64,13 @@ class Layout:
     layer_bytes: int
     groups: tuple[int, ...] = ()
     run_pages: float = 1.0
+    grouped: float = 1.0
+    parts: int = 1
     splits: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         assert self.layers >= 1 and self.page_tokens >= 1 and self.layer_bytes >= 1 and self.run_pages >= 1
+        assert 0 <= self.grouped <= 1 and self.parts >= 1
         groups = self.groups or tuple(range(self.layers))
         assert groups[0] == 0 and groups[-1] < self.layers and all(first < last for first, last in pairwise(groups))
         splits = range(1, self.layers) if self.splits is None else self.splits
@@ -118,23 +123,18 @@ def choose(
     """
     if way not in WAYS:
         raise InvalidArgument(f"{way!r} is not one of {', '.join(WAYS)}", field="restore")
-    layers = layout.layers
-    course, added = _Course(costs, layout, needs, others, link_busy_s), offsets or {}
-
-    def choice(layer: int, name: str) -> Choice:
-        offset_s = added.get(name, 0.0)
-        return Choice(layer, course.end_s(layer) + offset_s, name, {}, offset_s)
-
-    recompute = choice(layers, RECOMPUTE)
-    found = [recompute]
+    layers, added = layout.layers, offsets or {}
+    course = _Course(costs, layout, needs, others, link_busy_s)
+    found = {RECOMPUTE: (course.end_s(layers), layers)}
     if needs and (costs.link or way != AUTO):
         # The last of equals loads least.
-        splits = [choice(layer, SPLIT) for layer in reversed(layout.splits or ())]
-        found += [min(splits, key=_predicted)] if splits else []
-        found.append(choice(0, LOAD))
-    best = min(found, key=_predicted) if way == AUTO else next((each for each in found if each.way == way), recompute)
-    by_way = {each.way: each.predicted_s for each in found}
-    return replace(best, by_way=by_way)
+        splits = [(course.end_s(layer), layer) for layer in reversed(layout.splits or ())]
+        if splits:
+            found[SPLIT] = min(splits, key=itemgetter(0))
+        found[LOAD] = (course.end_s(0), 0)
+    by_way = {name: end_s + added.get(name, 0.0) for name, (end_s, _) in found.items()}
+    best = min(by_way, key=by_way.__getitem__) if way == AUTO else way if way in found else RECOMPUTE
+    return Choice(found[best][1], by_way[best], best, by_way, added.get(best, 0.0))
 
 
 class _Course:
@@ -151,12 +151,15 @@ class _Course:
             rows += prefix - host + candidates
             pairs += _pairs(host, prefix, frozen) + candidates * (prefix + 1)
             pages += layout.pages(need)
-        self._costs, self._layout, self._pages = costs, layout, pages
+        self._costs, self._layout = costs, layout
+        self._grouped_pages = pages * layout.grouped
+        self._bulk_pages = pages - self._grouped_pages
         self._link_from = link_busy_s + costs.load_s
         self._new_rows, self._all_rows = rows, rows + absent_rows
         self._whole_s = costs.compute_s(rows + absent_rows, pairs + absent_pairs)
-        unpack_s = costs.unpack_s * pages * layout.page_tokens
-        self._loaded_s = costs.compute_s(rows, pairs) + unpack_s
+        unpack_s = costs.unpack_s * layout.page_tokens
+        self._bulk_unpack_s = self._bulk_pages * unpack_s  # a layer
+        self._loaded_s = costs.compute_s(rows, pairs) + self._grouped_pages * unpack_s
         self._piece_s: dict[int, float] = {}  # layers of a group -> seconds in which the link brings it
         self._ends = (*layout.groups[1:], layout.layers)
         # Of what comes after each group: seconds from the device's being done with it, and from the link's, to the end.
@@ -172,7 +175,21 @@ class _Course:
             return encoded
         group = bisect_right(self._layout.groups, first_layer) - 1
         device_s, link_s = self._rest_s(group, self._ends[group] - first_layer)
-        return max(encoded + device_s, self._link_from + link_s)
+        bulk_s, unpack_s, parts = self._bulk_s(first_layer), self._unpack_s(first_layer), self._layout.parts
+        # Of the parts, that which decides is the first, behind which all is unpacked, or the last.
+        bulk_ends = bulk_s / parts + unpack_s, bulk_s + unpack_s / parts
+        begins = max(encoded + unpack_s, *(self._link_from + end for end in bulk_ends))
+        return max(begins + device_s, self._link_from + bulk_s + link_s)
+
+    def _bulk_s(self, first_layer: int) -> float:
+        """Seconds in which the link brings what comes before the groups."""
+        if not self._bulk_pages or not self._costs.link:
+            return 0.0
+        width = (self._layout.layers - first_layer) * self._layout.layer_bytes
+        return self._bulk_pages * width / self._costs.bytes_per_s(int(width * self._layout.run_pages))
+
+    def _unpack_s(self, first_layer: int) -> float:
+        return (self._layout.layers - first_layer) * self._bulk_unpack_s
 
     def _rest_s(self, group: int, layers: int) -> tuple[float, float]:
         """As `_after`, from before the last `layers` of `group` on. The later of the two ways decides the end."""
@@ -186,7 +203,8 @@ class _Course:
         known = self._piece_s.get(layers)
         if known is None:
             width = layers * self._layout.layer_bytes
-            known = self._pages * width / self._costs.bytes_per_s(int(width * self._layout.run_pages))
+            run_pages = self._layout.run_pages if self._layout.grouped == 1 else 1.0
+            known = self._grouped_pages * width / self._costs.bytes_per_s(int(width * run_pages))
             self._piece_s[layers] = known
         return known
 
@@ -196,7 +214,3 @@ def _pairs(first: int, last: int, frozen: int) -> int:
     inside = max(0, min(last, frozen) - first) * frozen
     first, last = max(first, frozen), max(last, frozen)
     return inside + (last * (last + 1) - first * (first + 1)) // 2
-
-
-def _predicted(choice: Choice) -> float:
-    return choice.predicted_s

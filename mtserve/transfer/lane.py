@@ -30,8 +30,9 @@ class CopyJob:
 class Submission:
     """Jobs that end together: on the last of `events`, one for each group of layers, in the order of the stream.
 
-    `firsts`: the first layer of each group. `ticket`: of the calls that queue them, before whose end the events mean
-    nothing; 0 once they have ended. `announced` passes when so little of a load is left that a batch should start over
+    `firsts`: the first layer of each group. `grouped`: of the pages the last, so many of which alone come by groups, the
+    others with all their layers before them; None: all come by groups. `tickets`: of the calls that queue them, before
+    whose end the events mean nothing; none once they have ended. `announced` passes when so little of a load is left that a batch should start over
     it; None where all of it is little. `others`: its events beside `events`. `unpacker`: whose memory the device reads
     until the end.
     """
@@ -39,10 +40,11 @@ class Submission:
     jobs: list[CopyJob]
     size: int
     firsts: tuple[int, ...] = (0,)
+    grouped: int | None = None
     events: list[Event] = field(default_factory=list)
     others: list[Event] = field(default_factory=list)
     announced: Event | None = None
-    ticket: int = 0
+    tickets: list[int] = field(default_factory=list)
     unpacker: Unpacker | None = None
 
     def pages(self) -> tuple[PageIds, PageIds]:
@@ -92,24 +94,29 @@ class Lane:
 
     def submit(self, submission: Submission) -> None:
         """Hand over the calls that queue it; it counts as under way from now on."""
-        submission.ticket = self.queue.submit()
+        self.begin(submission)
         self.under_way.append(submission)
         self.queued_bytes += submission.size
 
+    def begin(self, submission: Submission) -> None:
+        """Hand over the calls so far; more may follow."""
+        submission.tickets.append(self.queue.submit())
+
     def flush(self, submission: Submission) -> None:
-        """Hand over the calls so far, more are to follow, and block until they have been made."""
-        submission.ticket = self.queue.submit()
-        self.queue.wait(submission.ticket)
+        """Likewise, and block until they have been made."""
+        self.begin(submission)
+        self.queue.wait(submission.tickets[-1])
         self.settled(submission)
 
     def settled(self, submission: Submission) -> bool:
         """Whether the driver has all of a submission, and its jobs know if it took it."""
-        if submission.ticket and self.queue.over(submission.ticket):
-            failure = self.queue.take_error(submission.ticket)
-            if failure is not None:
-                submission.fail(self.kind, failure)
-            submission.ticket = 0
-        return submission.ticket == 0
+        if submission.tickets and self.queue.over(submission.tickets[-1]):
+            failures = [self.queue.take_error(ticket) for ticket in submission.tickets]
+            submission.tickets.clear()
+            for failure in failures:
+                if failure is not None:
+                    submission.fail(self.kind, failure)
+        return not submission.tickets
 
     def retire(self) -> Iterator[Submission]:
         """Those that have ended since; their events are used again."""
@@ -121,5 +128,6 @@ class Lane:
 
     def wait(self) -> None:
         """Block until the oldest that is under way has ended."""
-        self.queue.wait(self.under_way[0].ticket)
+        if self.under_way[0].tickets:
+            self.queue.wait(self.under_way[0].tickets[-1])
         self.under_way[0].events[-1].synchronize()

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,18 @@ class Finished:
     kind: str
     ticket: int
     error: TransferFailed | None
+
+
+class Pieces(NamedTuple):
+    """How split loads come: most of the pages with all their layers, in `parts`, and behind them the last `grouped` pages
+    group of layers by group. `groups`: first layer of each, of loads from layer 0 on. `run_pages`: neighbouring pages that
+    one copy takes, in the mean.
+    """
+
+    groups: tuple[int, ...]
+    grouped: int
+    parts: int
+    run_pages: float
 
 
 class Arrivals(Protocol):
@@ -113,13 +125,9 @@ class Mover(ABC):
     def load_s(self, size: int) -> float:
         """Seconds in which loads of `size` bytes are expected to be over."""
 
-    def split_groups(self, pages: int) -> tuple[int, ...]:
-        """First layer of each group in which split loads of so many pages come, those from layer 0 on."""
-        return (0,)
-
-    def piece_pages(self, loads: Sequence[Copy]) -> float:
-        """Neighbouring pages that one copy of a split load would take, in the mean; 1 or more."""
-        return 1.0
+    def split_pieces(self, loads: Sequence[Copy]) -> Pieces:
+        """How `submit_split` would bring these loads, one or more."""
+        return Pieces((0,), sum(len(load.gpu_pages) for load in loads), 1, 1.0)
 
     @abstractmethod
     def near(self, ticket: int) -> bool:

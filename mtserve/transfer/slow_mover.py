@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 from mtserve.cache.index import Copy, PageIds
-from mtserve.transfer.mover import LOAD, Arrivals, Finished, Mover, Unpacker
+from mtserve.transfer.mover import LOAD, Arrivals, Finished, Mover, Pieces, Unpacker
 from mtserve.types import Clock
 
 
@@ -57,11 +57,8 @@ class SlowMover(Mover):
     def load_s(self, size: int) -> float:
         return self._inner.load_s(size)
 
-    def split_groups(self, pages: int) -> tuple[int, ...]:
-        return self._inner.split_groups(pages)
-
-    def piece_pages(self, loads: Sequence[Copy]) -> float:
-        return self._inner.piece_pages(loads)
+    def split_pieces(self, loads: Sequence[Copy]) -> Pieces:
+        return self._inner.split_pieces(loads)
 
     def near(self, ticket: int) -> bool:
         """A late load is not near, however much of it is there."""

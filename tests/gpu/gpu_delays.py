@@ -22,7 +22,7 @@ def group_all_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the shortest load come by groups of layers, which saves large ones."""
     monkeypatch.setattr(cuda_mover, "GROUPED_LOAD_BYTES", 1)
     monkeypatch.setattr(cuda_mover, "GROUPED_PIECE_BYTES", 1)
-    monkeypatch.setattr(cuda_mover, "STRIDED_PAGES", 1)
+    monkeypatch.setattr(cuda_mover, "STRIDED_BYTES", 1)
 
 
 def delay_stream(stream: torch.cuda.Stream, cycles: int) -> None:

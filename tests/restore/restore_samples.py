@@ -32,7 +32,8 @@ def random_layout(rng: np.random.Generator) -> Layout:
     layers = int(rng.integers(1, 13))
     groups = (0, *sorted(set(rng.integers(1, layers, rng.integers(0, 5)).tolist()))) if layers > 1 else (0,)
     run_pages = float(rng.choice([1.0, 2.5, 16.0]))
-    return Layout(layers, int(rng.choice([4, 64])), 128 << 10, groups if rng.random() < 0.7 else (), run_pages)
+    shape = (layers, int(rng.choice([4, 64])), 128 << 10, groups if rng.random() < 0.7 else (), run_pages)
+    return Layout(*shape, grouped=float(rng.choice([1.0, 0.25, 0.6])), parts=int(rng.integers(1, 5)))
 
 
 def random_needs(rng: np.random.Generator) -> list[Need]:
@@ -70,20 +71,26 @@ def simulate(costs: Costs, layout: Layout, needs: list[Need], others: Work, busy
         visible_keys(need, need.host, need.prefix) + need.candidates * (need.prefix + 1) for need in needs
     )
     pages = sum(-(-need.host // layout.page_tokens) - need.cached // layout.page_tokens for need in needs)
-    unpack_s = costs.unpack_s * pages * layout.page_tokens
+    grouped = pages * layout.grouped
+    unpack_s = costs.unpack_s * layout.page_tokens  # of a page's layer
 
-    to_unpack: list[tuple[float, int, int]] = []  # when it comes, its layers
-    link_at = busy_s + costs.load_s
+    to_unpack: list[tuple[float, float, int]] = []  # when it comes, pages' layers, before which layer all is there then
+    link_at, loaded = busy_s + costs.load_s, layout.layers - first_layer
+    for _ in range(layout.parts if layout.grouped < 1 and loaded else 0):
+        width, part = loaded * layout.layer_bytes, (pages - grouped) / layout.parts
+        link_at += part * width / costs.bytes_per_s(int(width * layout.run_pages))
+        to_unpack.append((link_at, part * loaded, first_layer))
     for first, last in pairwise(bounds):
         width = (last - first) * layout.layer_bytes
-        link_at += pages * width / costs.bytes_per_s(int(width * layout.run_pages))
-        to_unpack.append((link_at, first, last))
+        run_pages = layout.run_pages if layout.grouped == 1 else 1
+        link_at += grouped * width / costs.bytes_per_s(int(width * run_pages))
+        to_unpack.append((link_at, grouped * (last - first), last))
 
     now, layer, ready = costs.batch_s, 0, first_layer
     while layer < layout.layers:
         if to_unpack and to_unpack[0][0] <= now:
-            _, first, last = to_unpack.pop(0)
-            now, ready = now + unpack_s * (last - first), last
+            _, count, ready = to_unpack.pop(0)
+            now += unpack_s * count
         elif layer < ready:
             extra = absent if layer < first_layer else Work(0, 0)
             now += costs.layer_s + (rows + extra.rows) * costs.row_s + (pairs + extra.pairs) * costs.pair_s

@@ -31,6 +31,7 @@ BOUNDS = (
     "QUEUED_BYTES",
     "ANNOUNCED_BYTES",
     "SPLIT_GROUP_BYTES",
+    "STRIDED_BYTES",
 )
 KINDS = (LOAD, STORE)
 
@@ -428,7 +429,7 @@ def _three_users(lengths: Sequence[int]) -> list[Copy]:
 @pytest.mark.parametrize("first_layer", range(8))
 @pytest.mark.parametrize("lengths", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("packed", [False, True], ids=["states", "packed"])
-def test_a_split_brings_its_layers_group_by_group_over_all_users(
+def test_a_split_brings_whole_pages_and_behind_them_the_last_group_by_group(
     make_link: Make, packed: bool, lengths: list[int], first_layer: int
 ) -> None:
     link = make_link(shape=EIGHT)
@@ -436,16 +437,19 @@ def test_a_split_brings_its_layers_group_by_group_over_all_users(
     loads = _three_users(lengths)
     (before, _), (after, arena) = link.after(LOAD, []), link.after(LOAD, loads)
     after[:, :first_layer] = before[:, :first_layer]
-    groups = link.mover.split_groups(128)
-    assert groups == (0, 2, 4, 6)
-    firsts = [first_layer, *(first for first in groups if first > first_layer)]
+    pieces = link.mover.split_pieces(loads)
+    assert pieces[:3] == ((0, 2, 4, 6), 32, 3 if packed else 1)
+    firsts = [first_layer, *(first for first in pieces.groups if first > first_layer)]
+    pages = np.concatenate([load.gpu_pages for load in loads])
+    bulk = np.array_split(pages[:96], pieces.parts) if len(firsts) > 1 else []
+    grouped = torch.from_numpy(pages[96:] if bulk else pages).long()
     arrivals = link.mover.submit_split(loads, first_layer)
     # One event for each of the runner's groups: the piece that brings its last layer.
-    pieces = [arrivals.events[min(7, last - 1) // 2] for last in (*firsts[1:], 8)]
-    assert len(arrivals.events) == 4 and len(set(map(id, pieces))) == len(pieces)
-    for place, (event, last) in enumerate(zip(pieces, (*firsts[1:], 8), strict=True)):
+    events = [arrivals.events[min(7, last - 1) // 2] for last in (*firsts[1:], 8)]
+    assert len(arrivals.events) == 4 and len(set(map(id, events))) == len(events)
+    for place, (event, last) in enumerate(zip(events, (*firsts[1:], 8), strict=True)):
         assert not event.passed()
-        assert torch.equal(link.pool[:, firsts[place] :], before[:, firsts[place] :])
+        assert torch.equal(link.pool[grouped, firsts[place] :], before[grouped, firsts[place] :])
         while not event.passed():
             link.stream(LOAD).run(1)
             if unpacking is not None:
@@ -458,8 +462,28 @@ def test_a_split_brings_its_layers_group_by_group_over_all_users(
     assert link.end() == [Finished(LOAD, load.ticket, None) for load in loads]
     assert link.holds((after, arena))
     if unpacking is not None:
-        pages = np.concatenate([load.gpu_pages for load in loads]).tolist()
-        assert unpacking.calls == [(pages, *each) for each in zip(firsts, (*firsts[1:], 8), strict=True)]
+        parts = [(part.tolist(), first_layer, 8) for part in bulk]
+        groups = [(grouped.tolist(), *each) for each in zip(firsts, (*firsts[1:], 8), strict=True)]
+        assert unpacking.calls == parts + groups
+
+
+def test_the_link_begins_while_the_rest_of_a_split_is_put_together(make_link: Make) -> None:
+    link = make_link(shape=EIGHT)
+    queue, lists = link.mover._lanes[LOAD].queue, []
+    submit = queue.submit
+    queue.submit = lambda: lists.append(len(queue._list)) or submit()
+    link.mover.submit_split([_long(1, 0, 128)], 0)
+    assert len(lists) == 2 and lists[0] > 0
+    link.end()
+
+
+@pytest.mark.parametrize("call", range(2))
+def test_a_split_fails_whichever_of_its_lists_the_driver_refuses(make_link: Make, call: int) -> None:
+    link = make_link(shape=EIGHT)
+    _refuse(link, call)
+    link.mover.submit_split([_long(1, 0, 128)], 0).wait()
+    (finished,) = link.end()
+    assert "load of 128 pages: cuMemcpy" in str(finished.error)
 
 
 def test_a_short_split_comes_in_one_piece(make_link: Make) -> None:
@@ -588,14 +612,15 @@ def test_poison_reaches_states_as_well(make_link: Make) -> None:
         ([range(16), range(16, 32)], 16.0),  # neighbours, of two users: a chunk's end is between them
         ([range(8), range(20, 28)], 8.0),
         ([range(0, 60, 2)], 1.0),
-        ([[0, 1, 2], [8, 9, 10]], 1.0),  # too short for strided copies
+        ([[0, 1, 2], [8]], 2.0),
         ([range(4, 20)], 8.0),  # cut at the end of a chunk
     ],
 )
-def test_piece_pages(make_link: Make, pages: list[Any], expected: float) -> None:
+def test_pages_of_a_run(make_link: Make, pages: list[Any], expected: float) -> None:
     link = make_link()
     loads = [_copy(ticket, list(own), list(own)) for ticket, own in enumerate(pages)]
-    assert link.mover.piece_pages(loads) == expected
+    count = sum(map(len, pages))
+    assert link.mover.split_pieces(loads) == ((0,), count, 1, expected)
 
 
 # What goes wrong while a submission is put together
