@@ -29,7 +29,7 @@ from mtserve.model.ranking import RankingModel
 from mtserve.model.reference import recompute
 from mtserve.restore.choice import Choice
 from mtserve.restore.costs import Costs
-from mtserve.transfer.mover import LOAD, Arrivals, Fault, Finished, Mover, SyncMover
+from mtserve.transfer.mover import LOAD, Arrivals, Fault, Finished, Mover, Pieces, SyncMover
 from mtserve.types import History, Request, Rows, ScoreResult
 
 TOLERANCE = 1e-5
@@ -81,7 +81,7 @@ class DelayedMover(SyncMover):
             self.submitted.append(kind)
             self.jobs.append((kind, copy, None if self.late else self.attempt(kind, copy)))
 
-    def submit_split(self, loads: Sequence[Copy], first_layer: int) -> DelayedArrivals:
+    def submit_split(self, loads: Sequence[Copy], first_layer: int, pieces: Pieces | None = None) -> DelayedArrivals:
         self.first_layers.update((each.ticket, first_layer) for each in loads)
         self.submit(LOAD, loads)
         return DelayedArrivals(self, frozenset(each.ticket for each in loads))
@@ -375,7 +375,7 @@ class World:
         layers = self.model.config.layers
         recompute = Choice(layers, 1.0, "recompute", {})
         choice = recompute if layer == layers else Choice(layer, 1.0, "split" if layer else "load", {})
-        self.tiers.restoring._choose = lambda loads, needs, others: choice if loads else recompute
+        self.tiers.restoring._choose = lambda pieces, needs, others: choice if pieces else recompute
 
     def use_mover(self, mover: Mover) -> None:
         self.tiers.mover = self.tiers._onload.mover = mover

@@ -81,7 +81,8 @@ class Restoring:
         brought = [(slot, load) for slot, load in begun if load is not None]  # the device may have no room for another
         loads = [load for _, load in brought]
         try:
-            choice = self._decide(slots, brought)
+            pieces = self._mover.split_pieces(loads) if loads else None
+            choice = self._decide(slots, brought, pieces)
         except Exception:
             self._end_all(loads)
             raise
@@ -94,21 +95,32 @@ class Restoring:
             _note_load(slot, load)
         before_copies()
         return Restored(
-            choice, tuple(loads), {load.user: load.first_token for load in loads}, self._load(loads, choice)
+            choice, tuple(loads), {load.user: load.first_token for load in loads}, self._load(loads, choice, pieces)
         )
 
-    def _decide(self, slots: Sequence[Slot], brought: Sequence[tuple[Slot, Load]]) -> Choice:
+    def _decide(self, slots: Sequence[Slot], brought: Sequence[tuple[Slot, Load]], pieces: Pieces | None) -> Choice:
         loading = {slot.user_id for slot, _ in brought}
         others = [self._work(slot) for slot in slots if slot.user_id not in loading]
         work = Work(sum(each.rows for each in others), sum(each.pairs for each in others))
-        return self._choose([load for _, load in brought], [self._need(slot, load) for slot, load in brought], work)
+        return self._choose(pieces, [self._need(slot, load) for slot, load in brought], work)
 
-    def _load(self, loads: Sequence[Load], choice: Choice) -> Arrivals:
+    def _choose(self, pieces: Pieces | None, needs: Sequence[Need], others: Work) -> Choice:
+        busy_s, offsets = self._mover.load_s(self._transfers.moving_bytes(LOAD)), self.watch.offsets
+        layout = self._layout(pieces)
+        return choose(self._costs, layout, needs, others, link_busy_s=busy_s, way=self.way, offsets=offsets)
+
+    def _layout(self, pieces: Pieces | None) -> Layout:
+        sizes = (self._layers, self._page_tokens, self._layer_bytes)
+        if pieces is None:
+            return Layout(*sizes)
+        return Layout(*sizes, pieces.groups, pieces.run_pages, pieces.grouped / pieces.pages, pieces.parts)
+
+    def _load(self, loads: Sequence[Load], choice: Choice, pieces: Pieces | None) -> Arrivals:
         self._transfers.began(LOAD, loads, page_bytes=self._layer_bytes * (self._layers - choice.first_layer))
         if choice.first_layer:
             self._open.update((load.ticket, None) for load in loads)
         try:
-            return self._mover.submit_split(loads, choice.first_layer)
+            return self._mover.submit_split(loads, choice.first_layer, pieces)
         except Exception:
             self._doomed.update(load.ticket for load in loads if load.ticket in self._open)
             raise
@@ -116,16 +128,6 @@ class Restoring:
     def _end_all(self, loads: Sequence[Load]) -> None:
         for load in loads:
             self._index.end_load(load.ticket, False)
-
-    def _choose(self, loads: Sequence[Load], needs: Sequence[Need], others: Work) -> Choice:
-        pieces = self._mover.split_pieces(loads) if loads else Pieces((0,), 0, 1, 1.0)
-        pages = max(1, sum(len(load.gpu_pages) for load in loads))
-        layout = Layout(
-            self._layers, self._page_tokens, self._layer_bytes, pieces.groups, pieces.run_pages,
-            pieces.grouped / pages, pieces.parts,
-        )  # fmt: skip
-        busy_s, offsets = self._mover.load_s(self._transfers.moving_bytes(LOAD)), self.watch.offsets
-        return choose(self._costs, layout, needs, others, link_busy_s=busy_s, way=self.way, offsets=offsets)
 
     def _need(self, slot: Slot, load: Load) -> Need:
         candidates = sum(len(job.candidates) for job in slot.jobs)

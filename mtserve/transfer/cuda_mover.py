@@ -27,7 +27,9 @@ from mtserve.transfer.mover import LOAD, STORE, Fault, Finished, Ints, Mover, Pi
 
 MAX_GROUPS = 4  # of layers, in which a long load comes over an idle link
 GROUPED_PIECE_BYTES = 2 << 20  # the least strided piece that keeps the link's rate
-SPLIT_GROUP_BYTES = 32 << 20  # 0.6 ms of the link; a group cost the loop 0.1 ms in a trial
+# Least of a group of layers, were all pages to come by groups, and of a part of the others: 0.3 ms of the link. Each
+# costs the loop less than 0.1 ms (in a trial), while the link is at work already.
+SPLIT_GROUP_BYTES = 16 << 20
 # Of the pages of a split load one in so many comes by groups of layers: long enough for the device to encode meanwhile
 # what lies behind the groups, while the others come as whole pages at the link's rate. In a trial, of 8 users x 4096
 # tokens in runs of 13 pages of 260 KiB: all by groups 3.0 ms, so 2.58, whole 2.59.
@@ -99,9 +101,9 @@ class CudaMover(Mover):
         self._lanes[kind].waiting.extend(self._submissions(kind, self._jobs(kind, copies)))
         self._feed()
 
-    def submit_split(self, loads: Sequence[Copy], first_layer: int) -> LayerArrivals:
+    def submit_split(self, loads: Sequence[Copy], first_layer: int, pieces: Pieces | None = None) -> LayerArrivals:
         use_context(self._context)
-        jobs, pieces = self._jobs(LOAD, loads), self.split_pieces(loads)
+        jobs, pieces = self._jobs(LOAD, loads), pieces or self.split_pieces(loads)
         size = sum(map(self._size, jobs)) * (self._layers - first_layer) // self._layers
         firsts = (first_layer, *(first for first in pieces.groups if first > first_layer))
         self._begin(self._lanes[LOAD], Submission(jobs, size, firsts, pieces.grouped if len(firsts) > 1 else None))
@@ -203,9 +205,9 @@ class CudaMover(Mover):
         for part in range(parts if len(gpu_pages) else 0):
             some = slice(part * len(gpu_pages) // parts, (part + 1) * len(gpu_pages) // parts)
             self._copy_layers(lane, *self._addresses(gpu_pages[some], host_pages[some]), first, self._layers)
+            lane.begin(submission)
             if self.unpacker is not None:
                 submission.others.append(self._end(lane, submission, gpu_pages[some], first, self._layers))
-            lane.begin(submission)
 
     def _parts(self, pages: int) -> int:
         """In which so many pages with all their layers come: what is unpacked begins with the first."""
@@ -306,7 +308,7 @@ class CudaMover(Mover):
         pages, runs_of_pages = len(gpu_pages), len(runs(gpu_pages, host_pages, self.chunk_pages)[2])
         groups = layer_groups(self._layers, max(1, min(MAX_GROUPS, pages * self._page_bytes // SPLIT_GROUP_BYTES)))
         grouped = pages if len(groups) == 1 else -(-pages // GROUPED_SHARE)
-        return Pieces(groups, grouped, self._parts(pages - grouped), pages / runs_of_pages)
+        return Pieces(pages, groups, grouped, self._parts(pages - grouped), pages / runs_of_pages)
 
     def near(self, ticket: int) -> bool:
         lane, submission = self._lanes[LOAD], self._loads.get(ticket)

@@ -39,11 +39,12 @@ class Finished:
 
 
 class Pieces(NamedTuple):
-    """How split loads come: most of the pages with all their layers, in `parts`, and behind them the last `grouped` pages
-    group of layers by group. `groups`: first layer of each, of loads from layer 0 on. `run_pages`: neighbouring pages that
+    """How split loads of `pages` pages come: most of them with all their layers, in `parts`, and behind them the last
+    `grouped`, group of layers by group. `groups`: first layer of each, of loads from layer 0 on. `run_pages`: neighbouring pages that
     one copy takes, in the mean.
     """
 
+    pages: int
     groups: tuple[int, ...]
     grouped: int
     parts: int
@@ -102,11 +103,11 @@ class Mover(ABC):
         """
 
     @abstractmethod
-    def submit_split(self, loads: Sequence[Copy], first_layer: int) -> Arrivals:
+    def submit_split(self, loads: Sequence[Copy], first_layer: int, pieces: Pieces | None = None) -> Arrivals:
         """Start loads of layers from `first_layer` on, for a batch that makes those before it and begins at once.
 
-        They come together, layer after layer, ahead of what still waits; returns what the batch waits for. The pages'
-        earlier layers are left as they are.
+        They come together, as `pieces` says, where the caller has asked `split_pieces` before, ahead of what still waits;
+        returns what the batch waits for. The pages' earlier layers are left as they are.
         """
 
     @abstractmethod
@@ -127,7 +128,8 @@ class Mover(ABC):
 
     def split_pieces(self, loads: Sequence[Copy]) -> Pieces:
         """How `submit_split` would bring these loads, one or more."""
-        return Pieces((0,), sum(len(load.gpu_pages) for load in loads), 1, 1.0)
+        pages = sum(len(load.gpu_pages) for load in loads)
+        return Pieces(pages, (0,), pages, 1, 1.0)
 
     @abstractmethod
     def near(self, ticket: int) -> bool:
@@ -177,7 +179,7 @@ class SyncMover(Mover):
     def submit(self, kind: str, copies: Sequence[Copy]) -> None:
         self._finished += [Finished(kind, copy.ticket, self.attempt(kind, copy)) for copy in copies]
 
-    def submit_split(self, loads: Sequence[Copy], first_layer: int) -> Arrivals:
+    def submit_split(self, loads: Sequence[Copy], first_layer: int, pieces: Pieces | None = None) -> Arrivals:
         self._finished += [Finished(LOAD, each.ticket, self.attempt(LOAD, each, first_layer)) for each in loads]
         return Arrived()
 

@@ -38,9 +38,9 @@ class SlowMover(Mover):
                 self._late[kind, copy.ticket] = seconds
         self._inner.submit(kind, copies)
 
-    def submit_split(self, loads: Sequence[Copy], first_layer: int) -> Arrivals:
+    def submit_split(self, loads: Sequence[Copy], first_layer: int, pieces: Pieces | None = None) -> Arrivals:
         """Never late: a batch waits for them, and all that would show is a slow batch."""
-        return self._inner.submit_split(loads, first_layer)
+        return self._inner.submit_split(loads, first_layer, pieces)
 
     def poll(self) -> list[Finished]:
         now = self._clock()

@@ -10,11 +10,11 @@ from engine_world import World
 from restored_worlds import COUNT, FORMATS, LAYERS, PREFIX, SPLITS, deep_world, on_the_host, push_off, settle
 from small_models import CAUSAL, SCHEMA, small_model
 
-from mtserve.cache.index import Load
 from mtserve.engine.pace import BELIEVED_S
 from mtserve.model.schema import FeatureSchema
 from mtserve.restore.choice import Choice, Need, Work
 from mtserve.restore.costs import Costs, costs_for_cpu
+from mtserve.transfer.mover import Pieces
 
 Make = Callable[..., World]
 NO_USER = FeatureSchema(user=(), behaviour=SCHEMA.behaviour, candidate=SCHEMA.candidate)
@@ -327,7 +327,7 @@ def test_who_is_not_kept_counts_among_what_the_batch_computes(world: Make) -> No
     w.pace(0.01)
     seen: list[Work] = []
 
-    def choose(loads: Sequence[Load], needs: Sequence[Need], others: Work) -> Choice:
+    def choose(pieces: Pieces | None, needs: Sequence[Need], others: Work) -> Choice:
         seen.append(others)
         return Choice(LAYERS, 1.0, "recompute", {})
 
