@@ -1,8 +1,8 @@
-"""Published figures of two real logs that generated traces are fitted to and compared with.
+"""Published figures of real logs that generated traces are fitted to and compared with.
 
 KuaiRand-27K: 31 days, 27,285 users, 322 M exposures, one request being a user's exposures
-less than 1 s apart. EB-NeRD: its benchmark's impressions. What is fitted here is derived from
-those figures; `docs/trace.md` lists what is invented.
+less than 1 s apart. EB-NeRD: its benchmark's impressions. Azure's LLM services: how bursty arrivals
+are. What is fitted here is derived from those figures; `docs/trace.md` lists what is invented.
 """
 
 from __future__ import annotations
@@ -33,6 +33,31 @@ EBNERD: dict[str, Any] = {
     "history": {"p50": 93, "p95": 478},
     "gap_s": {"p50": 194.0, "p95": 19.3 * 3600},
 }
+
+AZURE: dict[str, dict[str, Any]] = {
+    "conversation": {
+        "dispersion": {"1": 1.386, "10": 3.868, "60": 16.41, "300": 61.70},
+        "load_variance": {"1": 0.0697, "10": 0.0518, "60": 0.0463, "300": 0.0360},
+        "gap_scv": 1.197,
+        "minute_correlation": 0.810,
+    },
+    "code": {
+        "dispersion": {"1": 13.19, "10": 71.85, "60": 166.9, "300": 151.6},
+        "load_variance": {"1": 4.757, "10": 2.795, "60": 1.118, "300": 0.1994},
+        "gap_scv": 173.0,
+        "minute_correlation": 0.164,
+    },
+}
+"""Arrivals of two services, as `burstiness.burst_figures` measures them over the whole trace as one block.
+
+Derived by `scripts/burst_figures.py` from the Azure LLM inference trace 2023 (Microsoft, CC BY 4.0; Patel et al.,
+"Splitwise", ISCA 2024): 19,366 and 8,819 arrivals in about 58 min of one day each.
+"""
+BURST_LEVELS: dict[str, tuple[tuple[float, float], ...]] = {
+    "conversation": ((2.78, 0.0268), (548.0, 0.0585)),
+    "code": ((3.92, 0.539), (9.56, 2.88)),
+}
+"""(mean seconds, variance) of the two jump processes whose product is fitted to the load variances of AZURE."""
 
 GAP_EDGES_S = (1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0)
 """Lower edges of the gap histogram's bins, in seconds; the last bin is open."""
