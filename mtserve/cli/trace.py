@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 
 from mtserve.cli.console import Phases
-from mtserve.cli.flags import add_fields, build, check_writable, make_parser
-from mtserve.trace.generator import GeneratorConfig, generate
+from mtserve.cli.flags import add_fields, build, check_writable, given, make_parser
+from mtserve.config import read_toml
+from mtserve.trace.generator import generate
+from mtserve.trace.generator_config import PARTS, GeneratorConfig
 from mtserve.trace.importers import IMPORTERS, import_trace
 from mtserve.trace.importers.config import ImportConfig
 from mtserve.trace.info import info, info_text
@@ -27,7 +30,16 @@ examples:
   mtserve trace generate --users 200 --requests 2000 --out demo.jsonl.gz
   long histories, as many candidates as a retrieval stage sends:
     mtserve trace generate --history-median 8000 --candidates-mean 512 --candidates-spread fixed --out long.parquet
+  a hard week: bursts like those of a chat service, three flash crowds, quiet weekends, a fifth of the users new:
+    mtserve trace generate --days 14 --bursts-like conversation --bursts-moves requests --crowd-events 3 \\
+      --weekend 0.6 --newcomer-share 0.2 --launch-items 20 --out hard.parquet
+  groups with habits of their own; a name alone is one of heavy, casual, night:
+    mtserve trace generate --groups 'heavy casual:share=0.6 early:share=0.05,later=20' --out groups.parquet
+  the same from a file with the tables [generator], [generator.crowds], [generator.groups.early], ...:
+    mtserve trace generate --config week.toml --out week.parquet
 
+A group has the fields share (of the users) and later (hours by which its day is later), and as multiples
+activity, history, gap (inside sessions) and taste.
 The same flags give the same bytes. What is drawn follows published figures of real logs and is marked
 calibrated-synthetic wherever it is shown.
 """
@@ -38,6 +50,8 @@ examples:
   a tenth of the users, the first half of each user's requests turned into history:
     mtserve trace import movielens ratings.csv --user-share 0.1 --history-share 0.5 --out movielens.jsonl.gz
 """
+PREFIXES = {"week": "", "bursts": "bursts-", "crowds": "crowd-", "newcomers": "newcomer-", "launches": "launch-"}
+"""What the flags of a part of the generator's configuration begin with."""
 
 
 def run(words: list[str]) -> int:
@@ -63,14 +77,29 @@ def _generate(words: list[str]) -> int:
         "trace generate", "Draw a seeded trace from published figures of real logs.", GENERATE, "--out FILE"
     )
     _add_out(parser)
-    add_fields(parser, GeneratorConfig, "generator", title="generator")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with the table [generator]; flags win")
+    plain = [item.name for item in dataclasses.fields(GeneratorConfig) if item.name not in PARTS]
+    add_fields(parser, GeneratorConfig, "generator", only=plain, title="generator")
+    for name, part in PARTS.items():
+        add_fields(parser, part, name, prefix=PREFIXES[name], title=f"generator: {name}")
     args = parser.parse_args(words)
     _check_out(args.out)
-    config = build(GeneratorConfig, args, "generator")
+    config = _generator_config(args)
     with Phases() as phases:
         trace = generate(config, lambda done, total: phases("generating requests", done, total))
         _write(trace, args.out, phases)
     return 0
+
+
+def _generator_config(args: argparse.Namespace) -> GeneratorConfig:
+    """From the file's table [generator], and the flags over it."""
+    table = read_toml(args.config, ("generator",))["generator"] if args.config else {}
+    table |= given(args, "generator")
+    for name in PARTS:
+        part = table.get(name, {})
+        # What is no table is left for the configuration to refuse.
+        table[name] = part | given(args, name) if isinstance(part, dict) else part
+    return GeneratorConfig.from_table(table)
 
 
 def _import(words: list[str]) -> int:

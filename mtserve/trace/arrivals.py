@@ -8,23 +8,16 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mtserve.trace.calibration import BOUNDED_GAP_MEANS_S, GAP_EDGES_S, HOURLY_LOAD, KUAIRAND
+from mtserve.trace.calibration import BOUNDED_GAP_MEANS_S, GAP_EDGES_S, KUAIRAND
+from mtserve.trace.clock import Clock
 from mtserve.trace.csr import offsets_of, rank_in_group
 from mtserve.trace.schema import Ints
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
-DAY_S = 86_400.0
 SHORT_BINS = 4  # the bins below 30 min; the two above them end a session
 PAUSE_CHOICES = 16
-# By the hour at which a session may start. Found by iterating to HOURLY_LOAD at the published
-# density (66 requests per user and day); the load lags the starts by a session's length.
-START_WEIGHTS = np.array(
-    [0.092, 0.012, 0.005, 0.002, 0.002, 0.001, 0.482, 1.578, 2.276, 2.056, 1.720, 1.663,
-     1.773, 1.029, 0.721, 0.770, 1.171, 1.790, 2.202, 1.909, 1.369, 0.841, 0.345, 0.190]
-)  # fmt: skip
-LONG_BREAK_URGE = np.array(HOURLY_LOAD) ** -2.0
 
 
 @dataclass(frozen=True)
@@ -52,14 +45,14 @@ def kuairand_pauses(long_mean_s: float) -> Pauses:
     return Pauses(shares / shares.sum(), long_mean_s)
 
 
-def break_scales(counts: Ints, window_s: float, pauses: Pauses) -> Floats:
-    """[U] factors on each user's share of breaks (gaps of 30 min or more).
+def break_scales(counts: Ints, window_s: Floats, pauses: Pauses, gap_multiples: Floats) -> Floats:
+    """[U] factors on each user's share of breaks (gaps of 30 min or more), of users with `window_s` [U] seconds each.
 
     Someone with many requests must have fewer breaks for them to fit the window, so others
     get more, until the breaks of all users together have their published share again.
     """
     share = float(pauses.shares[SHORT_BINS:].sum())
-    spare_s = window_s / np.maximum(counts, 1) - pauses.session_gaps_s * (1 - share)
+    spare_s = window_s / np.maximum(counts, 1) - pauses.session_gaps_s * gap_multiples * (1 - share)
     # Replacing one short gap by a break adds the difference of the two means.
     caps = np.clip(spare_s / (share * pauses.breaks_s), 0, 0.9 / share)
     low, high = 0.0, 0.9 / share
@@ -87,15 +80,22 @@ def draw_gaps(rng: np.random.Generator, scales: Floats, pauses: Pauses) -> tuple
     return lows[bins] * np.exp(rng.random(len(scales)) * ratios[bins]), breaks, long
 
 
+def stretch_gaps(gaps: Floats, multiples: Floats) -> Floats:
+    """Gaps inside sessions [N] times `multiples` [N], none of which then ends a session or falls below 1 s."""
+    longest = np.nextafter(GAP_EDGES_S[SHORT_BINS], 0)
+    return np.where(multiples == 1, gaps, np.clip(gaps * multiples, GAP_EDGES_S[0], longest))
+
+
 def place_sessions(
-    rng: np.random.Generator, owner: Ints, seconds: Floats, long: Bools, window_s: float, long_mean_s: float
+    rng: np.random.Generator, owner: Ints, seconds: Floats, long: Bools, clock: Clock, long_mean_s: float
 ) -> Floats:
-    """[sessions] start of each session, in seconds from the trace's first midnight.
+    """[sessions] start of each session, in seconds from its owner's first midnight.
 
     owner: user of each session, never decreasing; seconds: how long it lasts; long: whether a
     pause of 2 h or more precedes it. A user keeps as many long breaks as `long` has, but takes
     them when the load is low; and of several drawn lengths one is taken by the load of the hour
-    at which the next session would start.
+    at which the next session would start. Bursts move it within that hour, the break staying
+    as short or long as it was.
     """
     starts = np.empty(len(owner))
     long_left = np.bincount(owner, weights=long) if len(owner) else np.empty(0)
@@ -105,16 +105,22 @@ def place_sessions(
     ends = offsets_of(np.bincount(rank))
     for number in range(len(ends) - 1):
         rows = by_rank[ends[number] : ends[number + 1]]
+        users = owner[rows]
         if number == 0:
-            starts[rows] = _choose(rng, rng.random((len(rows), PAUSE_CHOICES)) * window_s)
+            first = clock.choose(rng, rng.random((len(rows), PAUSE_CHOICES)) * clock.arrives_s[users][:, None], users)
+            span_s = clock.attendance.span_s[users]
+            starts[rows] = clock.move_starts(first, users, np.zeros(len(rows)), span_s)
             continue
-        idle_from, users = starts[rows - 1] + seconds[rows - 1], owner[rows]
-        urge = long_left[users] * LONG_BREAK_URGE[_hours(idle_from)]
+        idle_from = starts[rows - 1] + seconds[rows - 1]
+        urge = long_left[users] * clock.urge[clock.hours(idle_from, users)]
         others = breaks_left[users] - long_left[users]
         is_long = rng.random(len(rows)) * (urge + others) < urge
         long_left[users] -= is_long
         breaks_left[users] -= 1
-        starts[rows] = _choose(rng, idle_from[:, None] + _break_choices(rng, is_long, long_mean_s))
+        after = clock.choose(rng, idle_from[:, None] + _break_choices(rng, is_long, long_mean_s), users)
+        low, high = GAP_EDGES_S[SHORT_BINS:]
+        least, most = np.where(is_long, high, low), np.where(is_long, np.inf, high)
+        starts[rows] = clock.move_starts(after, users, idle_from + least, idle_from + most)
     return starts
 
 
@@ -129,28 +135,17 @@ def _break_choices(rng: np.random.Generator, is_long: Bools, long_mean_s: float)
     )
 
 
-def _hours(seconds: Floats) -> Ints:
-    return (seconds % DAY_S // 3600).astype(np.int64)
-
-
-def _choose(rng: np.random.Generator, choices: Floats) -> Floats:
-    """One entry of each row, its chance being the weight of its hour of the day."""
-    sums = np.cumsum(START_WEIGHTS[_hours(choices)], axis=1)
-    picks = (sums < rng.random((len(choices), 1)) * sums[:, -1:]).sum(axis=1)
-    return choices[np.arange(len(choices)), np.minimum(picks, choices.shape[1] - 1)]
-
-
 def request_times(
-    rng: np.random.Generator, counts: Ints, days: int, pauses: Pauses
+    rng: np.random.Generator, counts: Ints, clock: Clock, pauses: Pauses, gap_multiples: Floats
 ) -> tuple[npt.NDArray[np.int32], Ints]:
     """(user [N], ms since the trace's start [N]) of all requests, in time order; counts[u] requests of user u.
 
-    Time is a ring of `days` days: who passes the end goes on at the start, at the same hour of
-    the day, which keeps the daily load and all but one of a user's gaps as they were drawn.
+    gap_multiples [U]: of each user's gaps inside sessions.
     """
-    window_s = days * DAY_S
     user = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    gaps, breaks, long = draw_gaps(rng, break_scales(counts, window_s, pauses)[user], pauses)
+    scales = break_scales(counts, clock.attendance.span_s, pauses, gap_multiples)
+    gaps, breaks, long = draw_gaps(rng, scales[user], pauses)
+    gaps = stretch_gaps(gaps, gap_multiples[user])
     firsts = rank_in_group(user) == 0
     opens = np.flatnonzero(firsts | breaks)
     gaps[opens] = 0.0
@@ -159,7 +154,8 @@ def request_times(
     since -= np.repeat(since[opens], lengths)
     seconds = since[opens + lengths - 1]
     precede = (long & ~firsts)[opens]
-    starts = place_sessions(rng, user[opens].astype(np.int64), seconds, precede, window_s, pauses.long_mean_s)
-    t_ms = ((np.repeat(starts, lengths) + since) % window_s * 1000).astype(np.int64)
+    starts = place_sessions(rng, user[opens].astype(np.int64), seconds, precede, clock, pauses.long_mean_s)
+    t_s = clock.move_requests(clock.attendance.since(np.repeat(starts, lengths), since, user))
+    t_ms = (t_s * 1000).astype(np.int64)
     order = np.argsort(t_ms, kind="stable")
     return user[order], t_ms[order]

@@ -7,12 +7,15 @@ from the user's favourites with probability `taste`, otherwise from all items.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from mtserve.trace.csr import offsets_of
 from mtserve.trace.schema import Ints
+
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 FAVOURITE_ENDS = np.array([0.5, 0.8, 1.0])
 """Cumulated shares of a user's three favourite categories."""
@@ -30,6 +33,16 @@ def zipf_ranks(rng: np.random.Generator, count: int | tuple[int, ...], items: in
     return np.minimum(ranks.astype(np.int64) - 1, items - 1)
 
 
+def click_rates(rate: float, taste: float, lift: float) -> tuple[float, float]:
+    """Share clicked of candidates (outside, inside) the user's favourites; the mean over both is `rate`."""
+    if rate == 0 or taste in (0.0, 1.0):
+        return rate, rate
+    inside = rate * min(lift, 1 / rate, 1 / taste)
+    # The lift may not push the others above 1 either.
+    inside = max(inside, (rate - (1 - taste)) / taste)
+    return (rate - taste * inside) / (1 - taste), inside
+
+
 @dataclass(frozen=True)
 class Tastes:
     """Whose favourites are which; `favourites`: int64 [users, 3] category numbers."""
@@ -37,22 +50,31 @@ class Tastes:
     items: int
     categories: int
     exponent: float
-    taste: float
+    taste: Floats  # [users] share of each user's candidates from the favourites
     favourites: Ints
     ids: Ints  # [items] id of each item number, so that ids do not tell popularity
 
     @classmethod
     def draw(
-        cls, rng: np.random.Generator, users: int, items: int, categories: int, exponent: float, taste: float
+        cls, rng: np.random.Generator, users: int, items: int, categories: int, exponent: float, taste: Floats
     ) -> Tastes:
         favourites = rng.integers(0, categories, (users, len(FAVOURITE_ENDS)))
         return cls(items, categories, exponent, taste, favourites, rng.permutation(items) + 1)
 
+    @classmethod
+    def without_favourites(cls, items: int, exponent: float) -> Tastes:
+        """One user, number 0, who likes all alike; ids are the item numbers."""
+        none = np.zeros((1, len(FAVOURITE_ENDS)), dtype=np.int64)
+        return cls(items, 1, exponent, np.zeros(1), none, np.arange(items))
+
     def pick(
-        self, rng: np.random.Generator, user: npt.NDArray[np.integer], taste: float
+        self, rng: np.random.Generator, user: npt.NDArray[np.integer], taste: Floats
     ) -> tuple[Ints, npt.NDArray[np.bool_]]:
-        """Item numbers [n], one for each entry of `user`, and whether each came from the user's favourites."""
-        liked = rng.random(len(user)) < taste
+        """Item numbers [n], one for each entry of `user`, and whether each came from the user's favourites.
+
+        taste [users]: each user's chance of that.
+        """
+        liked = rng.random(len(user)) < taste[user]
         picks = np.empty(len(user), dtype=np.int64)
         picks[~liked] = zipf_ranks(rng, int((~liked).sum()), self.items, self.exponent)
         fans = user[liked]
@@ -68,7 +90,7 @@ class Tastes:
         """As `pick`, lengths[i] items for user[i], no item twice in one row. Every length is at most items / 2."""
         row = np.repeat(np.arange(len(lengths)), lengths)
         picks, liked = self.pick(rng, user[row], self.taste)
-        again, redraws = _repeats(row, picks, self.items), 0
+        again, redraws = repeats(row, picks, self.items), 0
         while len(again):
             if redraws < REDRAWS:
                 picks[again], liked[again] = self.pick(rng, user[row[again]], self.taste)
@@ -78,7 +100,7 @@ class Tastes:
             # Only rows that had a repeat can have one now.
             touched = np.flatnonzero(np.bincount(row[again], minlength=len(lengths)))
             rows = _members(lengths, touched)
-            again = rows[_repeats(row[rows], picks[rows], self.items)]
+            again = rows[repeats(row[rows], picks[rows], self.items)]
         return picks, liked
 
 
@@ -88,8 +110,8 @@ def _members(lengths: Ints, rows: Ints) -> Ints:
     return np.repeat(starts - offsets_of(counts)[:-1], counts) + np.arange(counts.sum())
 
 
-def _repeats(row: Ints, picks: Ints, items: int) -> Ints:
-    """Positions of every pick that an earlier one of its row equals."""
+def repeats(row: Ints, picks: Ints, items: int) -> Ints:
+    """Positions of every pick (below `items`) that an earlier one of its row equals."""
     key = row * items + picks
     order = np.argsort(key, kind="stable")
     same = np.flatnonzero(key[order][1:] == key[order][:-1]) + 1

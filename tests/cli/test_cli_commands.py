@@ -14,11 +14,12 @@ import pytest
 
 import mtserve
 from mtserve.cli import COMMANDS, main
+from mtserve.cli.trace import PREFIXES
 from mtserve.config import Config, EngineConfig, HistoryConfig, ServerConfig
 from mtserve.history.open import open_history
 from mtserve.model.presets import build, default_schema
 from mtserve.model.weights import fingerprint, save
-from mtserve.trace.generator import GeneratorConfig
+from mtserve.trace.generator_config import PARTS, GeneratorConfig
 from mtserve.trace.importers.config import ImportConfig
 from mtserve.trace.io import read_trace
 from mtserve.trace.replay_config import ReplayConfig
@@ -36,7 +37,10 @@ def _help(capsys: Capture, *words: str) -> str:
     [
         (("replay",), ((EngineConfig, ""), (ReplayConfig, ""))),
         (("serve",), ((EngineConfig, ""), (ServerConfig, ""), (HistoryConfig, "history-"))),
-        (("trace", "generate"), ((GeneratorConfig, ""),)),
+        (
+            ("trace", "generate"),
+            ((GeneratorConfig, ""), *((part, PREFIXES[name]) for name, part in PARTS.items())),
+        ),
         (("trace", "import"), ((ImportConfig, ""),)),
     ],
 )
@@ -47,7 +51,7 @@ def test_help_has_every_field_with_its_limits(
     assert f"usage: mtserve {' '.join(words)}" in text
     assert "example" in text
     for config, prefix in configs:
-        for item in dataclasses.fields(config):  # type: ignore[arg-type]
+        for item in filter(lambda item: item.metadata, dataclasses.fields(config)):  # type: ignore[arg-type]
             flag = f"--{prefix}{item.name.replace('_', '-')}"
             entry = re.search(rf" {flag}[ ,].*?\((?:[^()]|\([^()]*\))*default [^)]*\)", text)
             assert entry, flag
@@ -94,6 +98,32 @@ def test_generate_then_info(tmp_path: Path, capsys: Capture) -> None:
     assert "calibrated-synthetic, seed 7" in capsys.readouterr().out
     assert main(["inspect", str(path)]) == 0
     assert "calibrated-synthetic, seed 7" in capsys.readouterr().out
+
+
+def test_generate_takes_its_parts_from_a_file_and_flags_win(tmp_path: Path, capsys: Capture) -> None:
+    path, config = tmp_path / "made.jsonl.gz", tmp_path / "week.toml"
+    config.write_text(
+        "[generator]\nusers = 40\nrequests = 400\nhistory_median = 5\n[generator.crowds]\nevents = 2\nload = 0.5\n"
+        "[generator.groups.early]\nshare = 0.2\nlater = 20\n[generator.groups.heavy]\n"
+    )
+    words = ["--config", str(config), "--crowd-load", "10", "--bursts-like", "code", "--out", str(path)]
+    assert main(["trace", "generate", *words]) == 0
+    made = read_trace(path).meta.config
+    assert (made["users"], made["crowds.events"], made["crowds.load"], made["bursts.like"]) == (40, 2, 10.0, "code")
+    assert made["groups"] == "early:share=0.2,later=20 heavy"
+    assert "launches.items" not in made
+    for text, message in (
+        ("[generator.crowds]\nevents = -1\n", "crowds.events: -1 is outside 0 to"),
+        ("[generator]\ncrowds = 3\n", "crowds: expected a table"),
+        ("[generator.groups]\nearly = 3\n", "groups.early: expected a table"),
+        ("[generator.groups.early]\nlater = 3\n", "groups.early: needs a share"),
+        ("[generator.groups.heavy]\nspeed = 3\n", "groups.heavy.speed: unknown field"),
+        ("[generators]\nusers = 3\n", "generators: unknown table"),
+    ):
+        config.write_text(text)
+        capsys.readouterr()
+        assert main(["trace", "generate", "--config", str(config), "--out", str(path)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_import_converts_a_log(tmp_path: Path, capsys: Capture) -> None:
