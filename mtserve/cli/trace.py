@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 
 from mtserve.cli.console import Phases
 from mtserve.cli.flags import add_fields, build, check_writable, given, make_parser
@@ -49,6 +50,12 @@ examples:
   mtserve trace import ebnerd behaviors.parquet history.parquet --out ebnerd.jsonl.gz
   a tenth of the users, the first half of each user's requests turned into history:
     mtserve trace import movielens ratings.csv --user-share 0.1 --history-share 0.5 --out movielens.jsonl.gz
+"""
+INFO = """\
+examples:
+  mtserve trace info demo.jsonl.gz
+  the same as a drawing (needs the extra [report]):
+    mtserve trace info demo.jsonl.gz --report plots/
 """
 PREFIXES = {"week": "", "bursts": "bursts-", "crowds": "crowd-", "newcomers": "newcomer-", "launches": "launch-"}
 """What the flags of a part of the generator's configuration begin with."""
@@ -123,13 +130,23 @@ def _import(words: list[str]) -> int:
 
 
 def _info(words: list[str]) -> int:
-    example = "example:\n  mtserve trace info demo.jsonl.gz\n"
-    parser = make_parser("trace info", "Counts and distributions of a trace file.", example, "TRACE")
+    parser = make_parser("trace info", "Counts and distributions of a trace file.", INFO, "TRACE")
     parser.add_argument("trace", metavar="TRACE", help="the trace file")
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--report", metavar="DIR", help="draw them (marginals.png) into this folder")
     args = parser.parse_args(words)
-    facts = info(read_trace(args.trace))
+    if args.report:
+        # Drawing brings torch along, which no other verb here needs.
+        from mtserve.trace.marginals_plot import write_marginals
+        from mtserve.trace.report import require_matplotlib
+
+        require_matplotlib()
+    with Phases() as phases:
+        trace = read_trace(args.trace, progress=lambda done, total: phases("reading the trace", done, total))
+    facts = info(trace)
     print(json.dumps(facts, indent=2) if args.json else info_text(facts))
+    if args.report:
+        print(write_marginals(trace, facts, args.report), file=sys.stderr)
     return 0
 
 

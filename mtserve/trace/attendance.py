@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mtserve.trace.burstiness import Floats
+from mtserve.trace.burstiness import Floats, Ints
 from mtserve.trace.newcomers import Newcomers
 
 DAY_S = 86_400.0
@@ -20,6 +20,11 @@ EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday; Monday is 0
 SATURDAY = 5
 MAX_USER_DAYS = 1 << 30  # entries of the table of days: 2 GiB
 BLOCK_USERS = 1 << 16
+
+
+def is_weekend(day: Ints) -> npt.NDArray[np.bool_]:
+    """Whether days, counted from the epoch, are Saturdays or Sundays (UTC)."""
+    return (day + EPOCH_WEEKDAY) % 7 >= SATURDAY
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,8 @@ class Attendance:
         first = newcomers.first_day.astype(np.float64)
         if weekend == 1:
             return cls(days * DAY_S, first * DAY_S, (days - first) * DAY_S)
-        is_weekend = (start_ms // DAY_MS + EPOCH_WEEKDAY + np.arange(days)) % 7 >= SATURDAY
-        chance = np.where(is_weekend, min(weekend, 1.0), min(1 / weekend, 1.0))
+        weekends = is_weekend(start_ms // DAY_MS + np.arange(days))
+        chance = np.where(weekends, min(weekend, 1.0), min(1 / weekend, 1.0))
         table = np.empty((len(first), days), dtype=np.int16)
         counts = np.empty(len(first))
         for start in range(0, len(first), BLOCK_USERS):

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtserve.trace.calibration import EBNERD, GAP_EDGES_S, GAP_LABELS, KUAIRAND
+from mtserve.trace.attendance import DAY_MS, is_weekend
+from mtserve.trace.burstiness import burst_figures
+from mtserve.trace.calibration import AZURE, EBNERD, GAP_EDGES_S, GAP_LABELS, KUAIRAND
 from mtserve.trace.csr import rank_in_group
+from mtserve.trace.marginals import marginals, marginals_text
 from mtserve.trace.reshape import SESSION_GAP_MS, sessions_by_gap
-from mtserve.trace.schema import Trace
+from mtserve.trace.schema import Ints, Trace
 
 HOUR_MS = 3_600_000
 
@@ -20,7 +23,9 @@ def info(trace: Trace) -> dict[str, Any]:
 
     Gaps are between one user's successive requests, in seconds. `prefix_tokens` are the
     behaviours that each request's user has at that time, U features not counted: what a server
-    without a cache would encode. `load_by_hour` is in shares of the mean hour, UTC.
+    without a cache would encode. `load_by_hour` is in shares of the mean hour, UTC; `weekend_load`
+    None without a whole day of each kind. `bursts`: `burstiness.burst_figures` of the requests and of the
+    starts of sessions, and the service that the generator was told to make them like.
     """
     user_requests = np.bincount(trace.user, minlength=trace.users)
     span_ms = int(trace.t_ms[-1] - trace.t_ms[0]) if trace.requests else 0
@@ -44,9 +49,11 @@ def info(trace: Trace) -> dict[str, Any]:
         "gap_s": _gaps(trace),
         "sessions": _sessions(trace),
         "load_by_hour": _load(trace),
+        "weekend_load": _weekend_load(trace),
+        "bursts": _bursts(trace),
         "prefix_tokens": quantiles(trace.prefix_lengths()),
         "candidate_tokens": len(trace.cand_items),
-        "calibration": {"kuairand": KUAIRAND, "ebnerd": EBNERD},
+        "calibration": {"kuairand": KUAIRAND, "ebnerd": EBNERD, "azure": AZURE},
     }
 
 
@@ -95,8 +102,36 @@ def _load(trace: Trace) -> dict[str, Any]:
     return {"shares": shares, "peak": max(shares), "trough": min(shares)}
 
 
+def _weekend_load(trace: Trace) -> float | None:
+    """Mean requests of a weekend day over those of a weekday, UTC; the first and the last day may be cut: not counted."""
+    if not trace.requests:
+        return None
+    days = trace.t_ms // DAY_MS
+    first = int(days[0]) + 1
+    counts = np.bincount(days - days[0], minlength=1)[1:-1]
+    weekend = is_weekend(first + np.arange(len(counts)))
+    if not counts[weekend].any() or not counts[~weekend].any():
+        return None
+    return float(counts[weekend].mean() / counts[~weekend].mean())
+
+
+def session_starts_ms(trace: Trace) -> Ints:
+    """Ascending times at which sessions begin, drawn by pauses of 30 min."""
+    session = sessions_by_gap(trace.user, trace.t_ms, SESSION_GAP_MS)
+    return np.sort(trace.t_ms[np.unique(session, return_index=True)[1]])
+
+
+def _bursts(trace: Trace) -> dict[str, Any]:
+    like = trace.meta.config.get("bursts.like", "none") if trace.meta.calibrated_synthetic else "none"
+    return {
+        "like": like if like in AZURE else None,
+        "requests": burst_figures(trace.t_ms / 1000),
+        "sessions": burst_figures(session_starts_ms(trace) / 1000),
+    }
+
+
 def info_text(facts: dict[str, Any]) -> str:
-    """`info` as a table for people, the published figures in columns of their own."""
+    """`info` as a table for people, each figure beside the published one and how far it is from it."""
     kind = "calibrated-synthetic" if facts["calibrated_synthetic"] else "as recorded"
     lines = [
         f"{facts['name']}: {kind}" + (f", seed {facts['seed']}" if facts["seed"] is not None else ""),
@@ -108,44 +143,6 @@ def info_text(facts: dict[str, Any]) -> str:
         "requests",
         *(f"  changed: {name} {count:,}" for name, count in facts["changes"].items()),
         "",
-        f"  {'':34}{'this trace':>14}{'KuaiRand-27K':>14}{'EB-NeRD':>14}",
+        *marginals_text(marginals(facts)),
     ]
-    return "\n".join(
-        lines + [f"  {label:34}" + "".join(f"{_cell(v):>14}" for v in row) for label, *row in _table(facts)]
-    )
-
-
-def _cell(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _table(facts: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Rows of (label, this trace, KuaiRand-27K, EB-NeRD)."""
-    kuairand, ebnerd = facts["calibration"]["kuairand"], facts["calibration"]["ebnerd"]
-    history, clicks = facts["history"], kuairand["clicks_per_user"]
-    rows: list[tuple[Any, ...]] = [
-        (f"history {q} (KuaiRand: clicks)", history[q], clicks[q], ebnerd["history"].get(q))
-        for q in ("p50", "p95", "p99")
-    ]
-    per_user, exposures = facts["requests_per_user"], kuairand["exposures_per_user"]
-    for q in ("p95", "p99"):
-        ebnerd_ratio = ebnerd["requests_per_user"].get(q)
-        ebnerd_ratio = ebnerd_ratio and ebnerd_ratio / ebnerd["requests_per_user"]["p50"]
-        ratio = per_user[q] / max(per_user["p50"], 1)
-        rows.append((f"requests per user, {q} / p50", ratio, exposures[q] / exposures["p50"], ebnerd_ratio))
-    rows.append(("requests per user, p50", per_user["p50"], None, ebnerd["requests_per_user"]["p50"]))
-    rows.append(
-        ("share of the top 10% of users", facts["top_10_percent_share"], kuairand["top_10_percent_share"], None)
-    )
-    rows.append(("candidates, mean", facts["candidates"]["mean"], kuairand["candidates_mean"], None))
-    rows += [(f"candidates, {q}", facts["candidates"][q], None, ebnerd["candidates"][q]) for q in ("p50", "p95")]
-    rows.append(("clicks, mean", facts["clicks"]["mean"], kuairand["clicks_mean"], None))
-    for label, share in zip(GAP_LABELS, kuairand["gap_shares"], strict=True):
-        rows.append((f"gaps of {label}", facts["gap_s"]["shares"][label], share, None))
-    rows += [(f"gap {q}, s", facts["gap_s"][q], None, ebnerd["gap_s"][q]) for q in ("p50", "p95")]
-    rows.append(("load by hour, peak", facts["load_by_hour"]["peak"], kuairand["load_peak"], None))
-    rows.append(("load by hour, trough", facts["load_by_hour"]["trough"], kuairand["load_trough"], None))
-    rows.append(("prefix tokens of a request, mean", facts["prefix_tokens"]["mean"], None, None))
-    return rows
+    return "\n".join(lines)
