@@ -46,7 +46,8 @@ def launch(rng: np.random.Generator, config: LaunchConfig, draft: Draft, window_
         row = np.repeat(np.arange(first, last), np.diff(draft.offsets[first : last + 1]))
         t_ms = draft.t_ms[row]
         latest = np.searchsorted(born, t_ms, side="right") - 1
-        share = config.share * together[latest] * np.exp2((born[latest] - t_ms) / half_ms)
+        age_ms = np.maximum(t_ms - born[latest], 0.0)
+        share = config.share * together[latest] * np.exp2(-age_ms / half_ms)
         shown = (rng.random(len(row)) < np.minimum(share, MOST_TOGETHER)) & (latest >= 0)
         places = np.flatnonzero(shown & (cand[part] <= items))
         if not len(places):

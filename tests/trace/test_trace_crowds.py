@@ -104,3 +104,12 @@ def test_many_launches_share_what_there_is_and_no_request_lists_one_twice() -> N
 
 def test_launches_without_share_change_nothing() -> None:
     assert digest_of_columns(made(launches=LaunchConfig(items=9, share=0.0))) == digest_of_columns(made())
+
+
+def test_before_the_first_launch_there_is_nothing_to_show() -> None:
+    launches = LaunchConfig(items=1, share=1.0, half_life_hours=0.1)
+    with np.errstate(all="raise", under="ignore"):
+        trace = made(requests=5_000, launches=launches)
+    first = int(np.argmax(trace.cand_items == 100_001))
+    assert first > 0
+    assert np.array_equal(trace.cand_items[:first], made(requests=5_000).cand_items[:first])
