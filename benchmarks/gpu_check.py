@@ -38,10 +38,17 @@ RETURNING_SETTINGS = {
     "returning 10%ws, host 50%ws": ("--host-cache", "50%ws"),
     "returning 10%ws, host 5%ws": ("--host-cache", "5%ws"),
     "returning 10%ws, no host": ("--host-cache", "0"),
-    "returning 10%ws x8": ("--host-cache", "100%ws", "--host-format", "x8"),
-    "returning 10%ws x8 load": ("--host-cache", "100%ws", "--host-format", "x8", "--restore", "load"),
-    "returning 10%ws x4": ("--host-cache", "100%ws", "--host-format", "x4"),
 }
+RESTORING_USERS = 160  # of whom the device holds 16
+RESTORING_SETTINGS = {
+    "restoring 10%ws": (),
+    "restoring 10%ws load": ("--restore", "load"),
+    "restoring 10%ws x8": ("--host-format", "x8"),
+    "restoring 10%ws x8 load": ("--host-format", "x8", "--restore", "load"),
+    "restoring 10%ws x4": ("--host-format", "x4"),
+}
+# Requests of each replay that are recomputed in fp32, which takes a CPU seconds where they are long.
+VERIFIED = ("--verify", "10", "--verify-tokens", "2048")
 
 
 def run_tests() -> dict[str, int]:
@@ -97,15 +104,20 @@ def run_replays(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     else:
         swept = sweep(trace, *common, "--verify", "40")
         replays |= {f"ebnerd {share}": each for share, each in swept.items()}
-    capacities = ["--gpu-cache", "25%ws", "--host-cache", "100%ws"]
-    checks = ["--baseline-requests", "400", "--verify", "8", "--verify-tokens", "8192"]
     with tempfile.TemporaryDirectory() as folder:
-        generated = generated_trace(Path(folder), options.users, options.requests, options.seed)
-        replays[GENERATED] = replay(generated, *common, *capacities, *checks)
-        returning = generated_trace(Path(folder), RETURNING_USERS, 2 * options.requests, options.seed)
-        checks = ["--baseline-requests", "200", "--verify", "2", "--verify-tokens", "4096"]
-        for name, settings in RETURNING_SETTINGS.items():
-            replays[name] = replay(returning, *common, "--gpu-cache", "10%ws", *settings, *checks)
+
+        def add(settings: dict[str, tuple[str, ...]], users: int, requests: int, baseline: int) -> None:
+            trace = generated_trace(Path(folder), users, requests, options.seed)
+            for name, each in settings.items():
+                checks = ["--baseline-requests", str(baseline), *VERIFIED]
+                replays[name] = replay(trace, *common, *each, *checks)
+
+        ten, whole = ("--gpu-cache", "10%ws"), ("--host-cache", "100%ws")
+        add({GENERATED: ("--gpu-cache", "25%ws", *whole)}, options.users, options.requests, 400)
+        returning = {name: (*ten, *each) for name, each in RETURNING_SETTINGS.items()}
+        add(returning, RETURNING_USERS, 2 * options.requests, 300)
+        restoring = {name: (*ten, *whole, *each) for name, each in RESTORING_SETTINGS.items()}
+        add(restoring, RESTORING_USERS, 2 * options.requests, 600)
     return replays
 
 
