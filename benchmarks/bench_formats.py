@@ -1,10 +1,11 @@
-"""What each host format costs in accuracy, on trained weights and held-out users, in float32.
+"""What each format of states costs in accuracy, on trained weights and held-out users, in float32.
 
     python benchmarks/bench_formats.py
 
 Each user's sequence is encoded once, exactly, and K, V and the normalised input of every layer are
 kept. Then each format's prefix is restored from what that format keeps of it, and the newest 16
-behaviours and all labelled candidates are encoded over it. One user also goes through 50 cycles of
+behaviours and all labelled candidates are encoded over it; "gpu fp8" is the device's format, through whose pages the
+whole pass goes. One user also goes through 50 cycles of
 restoring the prefix, appending one behaviour and writing back what the host lacks: that behaviour.
 The weights are those of `trained_model.py`, which trains first where they are not kept yet.
 Nothing is reported when the exact logits are not those of a full recompute, when a restore from
@@ -85,17 +86,23 @@ class Quality:
 
 
 def forward(
-    model: RankingModel, tokens: Tokens, kept: torch.Tensor | None = None, form: Format | None = None
+    model: RankingModel,
+    tokens: Tokens,
+    kept: torch.Tensor | None = None,
+    form: Format | None = None,
+    pages: torch.dtype | None = None,
 ) -> tuple[Logits, States]:
-    """Logits [c] and the states of the tokens encoded: those that are not in `kept` [layers, cached, ...], of `form`."""
+    """Logits [c] and the states of the tokens encoded: those that are not in `kept` [layers, cached, ...], of `form`.
+
+    `pages`: their type, where it is not the model's.
+    """
     config, prefix = model.config, tokens.groups.prefix
     cached = 0 if kept is None else kept.shape[1]
     # NaN, so that a token that nobody restored or wrote cannot go unnoticed.
-    pool = torch.full(
-        (1, config.layers, 2, prefix, config.heads, config.head_dim), torch.nan, device=model.device, dtype=model.dtype
-    )
+    pool = torch.full((1, config.layers, 2, prefix, config.heads, config.head_dim), torch.nan, device=model.device)
+    pool = pool.to(model.dtype if pages is None else pages)
     if kept is not None and form is not None:
-        pool[0, :, :, :cached] = restored(model, kept, form).transpose(1, 2)
+        pool[0, :, :, :cached] = restored(model, kept, form).transpose(1, 2).to(pool.dtype)
     inputs: list[torch.Tensor] = []
 
     def recorded(*arguments: torch.Tensor) -> torch.Tensor:
@@ -105,7 +112,7 @@ def forward(
     plan = KernelPlan.of(tokens.plan(cached), model.device)
     x = model.embed(tokens.inputs)[cached:]
     rows = model.encode(x, pool, plan, replace(KERNELS, group_layer_norm=recorded))
-    states = States(pool[0, :, :, cached:].transpose(1, 2), torch.stack(inputs)[:, : prefix - cached])
+    states = States(pool[0, :, :, cached:].transpose(1, 2).to(model.dtype), torch.stack(inputs)[:, : prefix - cached])
     return model.logits(rows[plan.candidate_rows])[:, 0].cpu().numpy(), states
 
 
@@ -127,7 +134,13 @@ def score_formats(model: RankingModel, sample: Sample, forms: tuple[Format, ...]
     tokens = tokens_of(model, sample.history, sample.candidates)
     exact, states = forward(model, tokens)
     cached = max(tokens.groups.frozen, tokens.groups.prefix - NEW_BEHAVIOURS)
-    return exact, [forward(model, tokens, states.kept(form)[:, :cached], form)[0] for form in forms]
+    others = [
+        forward(model, tokens, pages=form.pages)[0]
+        if form.pages is not None
+        else forward(model, tokens, states.kept(form)[:, :cached], form)[0]
+        for form in forms
+    ]
+    return exact, others
 
 
 def check(model: RankingModel, sample: Sample) -> None:
@@ -158,9 +171,11 @@ def _tokens_until(model: RankingModel, sample: Sample, position: int) -> Tokens:
 def _cycles(
     model: RankingModel, sequences: list[Tokens], states: States, form: Format, exact: dict[int, Logits]
 ) -> Iterator[tuple[int, float]]:
+    if form.pages is not None:
+        _, states = forward(model, sequences[0], pages=form.pages)
     host = states.kept(form)
     for cycle, tokens in enumerate(sequences[1:], 1):
-        logits, new = forward(model, tokens, host, form)
+        logits, new = forward(model, tokens, host, form, form.pages)
         assert new.kv.shape[1] == 1
         host = torch.cat((host, new.kept(form)), dim=1)
         if cycle in exact:

@@ -11,6 +11,7 @@ import torch
 from mtserve.config import ModelConfig
 from mtserve.kernels.host_format.reference import decode_rows, encode_rows
 from mtserve.kernels.host_format.shape import FormatShape
+from mtserve.kernels.page_write.rounding import FP8, rounded
 
 PAGE_TOKENS = 64  # of the pages that a token's bytes are counted in
 
@@ -43,6 +44,11 @@ def through_fp8(values: torch.Tensor) -> torch.Tensor:
     return (values / scale).to(torch.float8_e4m3fn).to(values.dtype) * scale
 
 
+def through_device_fp8(values: torch.Tensor) -> torch.Tensor:
+    """`values` as the device's pages give them back with gpu_format fp8: no scale."""
+    return rounded(values, FP8)
+
+
 def unchanged(values: torch.Tensor) -> torch.Tensor:
     """The very values."""
     return values
@@ -59,10 +65,12 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Format:
-    """One way to keep a prefix on the host.
+    """One way to keep a prefix on the host, or on the device.
 
     `codec` takes values there and back. `of_input`: the normalised input [layers, T, d], from which K and V are
     projected again; else K and V [layers, T, 2, H, D] themselves. `layer_bytes`: bytes of one token and layer.
+    `pages`: of a format of the device the type of its pages, through which whole passes go; None: a prefix comes from an
+    exact pass.
     """
 
     name: str
@@ -70,6 +78,7 @@ class Format:
     of_input: bool
     layer_bytes: Callable[[ModelConfig], float]
     bounds: Bounds | None = None
+    pages: torch.dtype | None = None
 
 
 def _page_bytes(format: str, config: ModelConfig) -> float:
@@ -83,11 +92,13 @@ def _of_pages(format: str, bounds: Bounds | None = None) -> Format:
 
 
 INT8_BOUNDS, INT4_BOUNDS = Bounds(2e-3, 0.998, 2e-4), Bounds(1.5e-2, 0.99, 1e-3)
+FP8_BOUNDS = Bounds(5e-3, 0.998, 5e-4)
 FORMATS = (
     _of_pages("kv"),
     _of_pages("kv8", INT8_BOUNDS),
     _of_pages("x8", INT8_BOUNDS),
     _of_pages("x4", INT4_BOUNDS),
+    Format("gpu fp8", through_device_fp8, False, lambda config: 2 * config.heads * config.head_dim, FP8_BOUNDS, FP8),
     # For comparison: what the host could keep, but does not.
     Format("kv fp8", through_fp8, False, lambda config: 2 * config.heads * (config.head_dim + 4)),
     Format("x fp8", through_fp8, True, lambda config: config.d + 4),

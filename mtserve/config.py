@@ -154,6 +154,12 @@ class EngineConfig(Config):
     host_cache: str = option(
         "1GiB", "states in host memory, pinned on cuda: bytes, or a share of available memory; 0 turns the tier off"
     )
+    gpu_format: str = option(
+        "native",
+        "type of the states on the device: native, the model's; fp8, a byte a value (e4m3), of twice as many users, with "
+        "scores that move a little (docs/restore.md); the host then keeps the same bytes, in host_format kv alone",
+        choices=("native", "fp8"),
+    )
     host_format: str = option(
         "kv",
         "what the host keeps of a page: kv, the states themselves; kv8, in int8; x8 or x4, what they are made from in "
@@ -214,6 +220,13 @@ class EngineConfig(Config):
         "make copies between the tiers fail or come late, at random: 'fail=SHARE,slow=SHARE:TIME,pin=SHARE,seed=N' (tests)",
     )
     poison_pages: bool = option(False, "fill fresh and freed pages with NaN (tests)")
+
+    def validate(self) -> None:
+        if self.gpu_format == "fp8" and self.host_format != "kv":
+            raise InvalidArgument(
+                f"'fp8' keeps states as they are on the host (host_format = 'kv'), not in host_format = {self.host_format!r}",
+                field="gpu_format",
+            )
 
 
 @dataclass(frozen=True)

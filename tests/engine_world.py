@@ -137,8 +137,8 @@ class Pending:
     candidates: Rows
 
     def expected(self) -> npt.NDArray[np.float32]:
-        """float32 [candidates, tasks] logits of a full recompute with the weights now served."""
-        return recompute(self.world.truth, self.history, self.candidates).numpy()
+        """float32 [candidates, tasks] logits of a full recompute with the weights now served, rounded where pages are."""
+        return recompute(self.world.truth, self.history, self.candidates, self.world.pages).numpy()
 
     def rounding(self, expected: npt.NDArray[np.float32]) -> float:
         """How far computations may lie apart here: where a norm divides by next to nothing, rounding alone passes the
@@ -151,7 +151,7 @@ class Pending:
             with torch.no_grad():
                 for weight in model.parameters():
                     weight *= 1 + (torch.rand(weight.shape, generator=generator) - 0.5).to(weight) * self.world.noise
-            nearby = recompute(model, self.history, self.candidates).numpy()
+            nearby = recompute(model, self.history, self.candidates, self.world.pages).numpy()
             largest = max(largest, float(np.abs(nearby - expected).max()))
         return min(4 * largest, 10 * self.world.tolerance)
 
@@ -250,8 +250,12 @@ class World:
         self.truth = self.model
         self.tolerance = tolerance
         self.noise = NOISE[config.get("host_format", "kv")]
-        sizes = EngineConfig(device=device, dtype=dtype, page_tokens=page_tokens, poison_pages=True)
+        sizes = EngineConfig(
+            device=device, dtype=dtype, page_tokens=page_tokens, poison_pages=True,
+            gpu_format=config.get("gpu_format", "native"),
+        )  # fmt: skip
         states = page_shape(self.model.config, sizes, DTYPES[dtype])
+        self.pages = states.dtype
         packed = None
         if host_pages:
             formatted = dataclasses.replace(sizes, host_format=config.get("host_format", "kv"))

@@ -15,6 +15,7 @@ from mtserve.restore.costs import costs_for_cpu
 Make = Callable[..., World]
 LAYERS = 4
 FORMATS = {"kv": 1e-5, "kv8": 0.02, "x8": 0.02, "x4": 0.3}  # with the tolerance of a score
+FP8_TOLERANCE = 0.02  # beside a recompute that rounds too: numbers half way between two are rounded either way
 COUNT, PREFIX = 19, 21  # a user's behaviours, of which the last 9 are R, and tokens
 SPLITS = range(1, LAYERS)
 
@@ -22,7 +23,8 @@ SPLITS = range(1, LAYERS)
 def deep_world(world: Make, model: RankingModel | None = None, **config: Any) -> World:
     model = small_model(layers=LAYERS, d=32) if model is None else model
     sizes = {"gpu_pages": 14, "host_pages": 360 // config.get("page_tokens", 4), "costs": costs_for_cpu(), **config}
-    return world(model, tolerance=FORMATS[config.get("host_format", "kv")], **sizes)
+    tolerance = FP8_TOLERANCE if config.get("gpu_format") == "fp8" else FORMATS[config.get("host_format", "kv")]
+    return world(model, tolerance=tolerance, **sizes)
 
 
 def on_the_host(w: World, *users: str, count: int = COUNT) -> None:

@@ -91,6 +91,14 @@ def test_fields_that_must_fit_together() -> None:
     assert ModelConfig(layers=3, heads=5, head_dim=8).state_values_per_token == 2 * 3 * 5 * 8
 
 
+@pytest.mark.parametrize("host_format", ["kv8", "x8", "x4"])
+def test_packed_twins_of_fp8_states_are_refused(host_format: str) -> None:
+    refused = _refused(EngineConfig, gpu_format="fp8", host_format=host_format)
+    assert refused.field == "gpu_format"
+    assert f"host_format = '{host_format}'" in str(refused)
+    assert EngineConfig(gpu_format="fp8").host_format == "kv"
+
+
 def test_files_hold_one_table_a_class(tmp_path: Path) -> None:
     path = tmp_path / "m.toml"
     path.write_text('[engine]\npage_tokens = 32\n[server]\nhost = "::"\n', encoding="utf-8")

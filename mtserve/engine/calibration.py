@@ -120,7 +120,8 @@ def cost_key(
         software=f"mtserve {__version__}, torch {torch.__version__}, cuda {torch.version.cuda}, {driver}",
         kernels=f"{kernels}, graphs {config.graphs}, deterministic {config.deterministic}",
         layers=shape.layers, d=shape.d, heads=shape.heads, head_dim=shape.head_dim,
-        dtype=str(model.dtype).removeprefix("torch."), page_tokens=config.page_tokens, format=config.host_format,
+        dtype=str(model.dtype).removeprefix("torch."), page_tokens=config.page_tokens,
+        format=config.host_format if config.gpu_format == "native" else f"{config.host_format} of {config.gpu_format}",
         batches=" ".join(map(str, (tuple(each) for each in batch_shapes(builder, config, len(mover.pool), model.device)))),
         link_bytes=_link_bytes(mover, host_pages),
     )  # fmt: skip

@@ -33,9 +33,11 @@ from mtserve.engine.sequence import SequenceBuilder, UserSequence
 from mtserve.engine.stopwatch import Stopwatch
 from mtserve.engine.tiers import Reservation, Tiers
 from mtserve.engine.unpackers import make_unpacker
-from mtserve.errors import FailedPrecondition
+from mtserve.errors import FailedPrecondition, InvalidArgument
+from mtserve.kernels.page_write.rounding import FP8, LARGEST_FP8
 from mtserve.metrics import Metrics
 from mtserve.model.ranking import RankingModel
+from mtserve.model.state_bound import state_bound
 from mtserve.model.weights import fingerprint
 from mtserve.restore.costs import Costs
 from mtserve.transfer.chaos import Chaos
@@ -104,8 +106,9 @@ class Core:
     def _install(self, model: RankingModel) -> None:
         if model.device != self.device or model.dtype != self.dtype:
             model = copy.deepcopy(model).to(self.device, self.dtype)
+        self._check_range(model)
         digest = fingerprint(model)
-        key = f"{digest} {self.dtype} {self._shape.sizes}"
+        key = f"{digest} {self.dtype} {self._shape.dtype} {self._shape.sizes}"
         builder = SequenceBuilder(model.config, model.schema, key)
         planner, runner = Planner(model, self.config.page_tokens), self._make_runner(model)
         unpacker = self._make_unpacker(model)
@@ -115,6 +118,17 @@ class Core:
         self._planner, self._runner = planner, runner
         if unpacker is not None and self.tiers is not None:
             self.tiers.unpack_by(unpacker)
+
+    def _check_range(self, model: RankingModel) -> None:
+        """Raises InvalidArgument for weights whose K and V the pages may not be able to hold."""
+        if self.memory is None or self._shape.dtype != FP8:
+            return
+        bound = state_bound(model)
+        if not bound <= LARGEST_FP8:
+            raise InvalidArgument(
+                f"this model's K and V may reach {bound:.4g}, and 'fp8' holds no more than {LARGEST_FP8:g}",
+                field="gpu_format",
+            )
 
     def _restore_by(self, costs: Costs | None) -> None:
         """Let batches decide how states come back, where anything is known of what that costs."""
@@ -378,6 +392,7 @@ class Core:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "kernels": self.kernels,
+            "gpu_format": self.config.gpu_format,
             "page_bytes": self._shape.bytes,
             "page_tokens": self._shape.page_tokens,
             "queue_length": len(self.scheduler),

@@ -8,6 +8,7 @@ import torch
 
 from mtserve.config import EngineConfig, ModelConfig
 from mtserve.errors import InvalidArgument, ResourceExhausted
+from mtserve.kernels.page_write.rounding import FP8
 from mtserve.transfer.arena import HostArena
 from mtserve.transfer.chaos import Chaos
 from mtserve.transfer.mover import Fault, Mover, SyncMover
@@ -86,8 +87,9 @@ def _make_mover(pool: torch.Tensor, arena: HostArena, fault: Fault | None) -> Mo
 
 
 def page_shape(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> PageShape:
-    """The geometry of one page of this model's states."""
-    return PageShape(model.layers, config.page_tokens, model.heads, model.head_dim, dtype)
+    """The geometry of one page of the states of this model, which computes in `dtype`."""
+    kept = FP8 if config.gpu_format == "fp8" else dtype
+    return PageShape(model.layers, config.page_tokens, model.heads, model.head_dim, kept)
 
 
 def device_pages(config: EngineConfig, page_bytes: int, device: torch.device) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mtserve.cache.index import Copy, TieredIndex
 from mtserve.config import EngineConfig
@@ -28,7 +29,7 @@ from mtserve.engine.write_back import WriteBack
 from mtserve.metrics import Metrics
 from mtserve.restore.costs import Costs
 from mtserve.transfer.mover import LOAD, STORE, Arrivals, Mover, Unpacker
-from mtserve.transfer.pool import poison_of
+from mtserve.transfer.pool import poison
 from mtserve.types import Clock
 from mtserve.units import parse_capacity
 
@@ -312,4 +313,4 @@ class Tiers:
             self.mover.poison(freed)
         freed = self.index.drain_freed("host")
         if len(freed):
-            self.mover.arena[freed.astype(np.int64)] = poison_of(self.mover.arena.dtype)
+            poison(self.mover.arena, torch.from_numpy(freed.astype(np.int64)))

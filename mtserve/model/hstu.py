@@ -9,6 +9,7 @@ from mtserve.config import ModelConfig
 from mtserve.kernels.backend import Kernels
 from mtserve.kernels.host_format.packed import PackedRows
 from mtserve.kernels.host_format.reference import encode_rows
+from mtserve.kernels.page_write.rounding import rounded
 from mtserve.kernels.plan import KernelPlan
 
 
@@ -39,11 +40,15 @@ class HSTULayer(nn.Module):
     ) -> torch.Tensor:
         """[T, d] rows after the layer; K and V of the plan's write rows go into `pages` of this layer.
 
+        What pages cannot hold of K and V, no row sees: not those of this batch either, nor a candidate of itself.
+
         Rows with a target in `packed` are kept there too: K and V, or the normalised rows, as its format has it.
         """
         normalised = kernels.group_layer_norm(x, self.norm_weight, self.norm_bias, plan.group)
         mixed = kernels.projection_silu(normalised, self.uvqk_weight, self.uvqk_bias)
         u, v, q, k = mixed.view(len(x), 4, self.heads, self.head_dim).unbind(1)
+        if pages is not None:
+            k, v = rounded(k, pages.dtype), rounded(v, pages.dtype)
         y = kernels.attention(q, k, v, pages, plan, self.attention_length)
         if pages is not None:
             kernels.page_write(k, v, pages, plan)

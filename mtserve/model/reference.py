@@ -11,6 +11,7 @@ import torch
 
 from mtserve.kernels.group_layer_norm.reference import group_layer_norm
 from mtserve.kernels.norm_gate.reference import norm_gate
+from mtserve.kernels.page_write.rounding import rounded
 from mtserve.kernels.projection_silu.reference import projection_silu
 from mtserve.model.cut import cut_history
 from mtserve.model.hstu import HSTULayer
@@ -20,8 +21,13 @@ from mtserve.model.tokeniser import KindTokens, TokenInputs, gap_buckets
 from mtserve.types import History, Rows
 
 
-def recompute(model: RankingModel, history: History, candidates: Rows) -> torch.Tensor:
-    """float32 [candidates, tasks] logits; `candidates` with exposure times resolved (none is -1)."""
+def recompute(
+    model: RankingModel, history: History, candidates: Rows, pages: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """float32 [candidates, tasks] logits; `candidates` with exposure times resolved (none is -1).
+
+    `pages`: the type of the pages that K and V are `rounded` for.
+    """
     assert (candidates["time_ms"] >= 0).all()
     config = model.config
     cut = cut_history(history.position, config, history.first)
@@ -34,15 +40,18 @@ def recompute(model: RankingModel, history: History, candidates: Rows) -> torch.
     group = torch.tensor(labels) if config.norm == "group" else torch.zeros(len(x), dtype=torch.int64)
     for layer in model.layers:
         assert isinstance(layer, HSTULayer)
-        x = _layer(layer, x, mask, group)
+        x = _layer(layer, x, mask, group, pages)
     rows = x[groups.prefix :].to(model.device, model.dtype)
     return model.logits(rows).cpu()
 
 
-def _layer(layer: HSTULayer, x: torch.Tensor, mask: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+def _layer(
+    layer: HSTULayer, x: torch.Tensor, mask: torch.Tensor, group: torch.Tensor, pages: torch.dtype
+) -> torch.Tensor:
     normalised = group_layer_norm(x, layer.norm_weight, layer.norm_bias, group)
     mixed = projection_silu(normalised, layer.uvqk_weight, layer.uvqk_bias)
     u, v, q, k = mixed.view(len(x), 4, layer.heads, layer.head_dim).unbind(1)
+    k, v = rounded(k, pages), rounded(v, pages)
     logits = torch.einsum("ihd,jhd->hij", q, k) / layer.head_dim**0.5
     weights = logits * torch.sigmoid(logits) / layer.attention_length * mask
     y = torch.einsum("hij,jhd->ihd", weights, v)

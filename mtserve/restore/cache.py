@@ -26,7 +26,8 @@ MAX_ENTRIES = 64
 class CostKey:
     """What costs depend on; not the weights. `software`: versions of the driver and the libraries, as one text.
 
-    `kernels`: everything that says how batches are run. `format`: of the host's pages. `batches`: which were timed, as
+    `kernels`: everything that says how batches are run. `format`: of the host's pages, and of the
+    device's where that is not the model's own. `batches`: which were timed, as
     limits of the model, the pool and the configuration admit larger or smaller ones. `link_bytes`: copied once a size of
     piece; 0 where the host had no pages.
     """

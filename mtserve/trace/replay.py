@@ -109,6 +109,7 @@ def replay(
         sum(misplaced(run, rows) for run in (cached, baseline) if run is not None),
         sum(_broken(run) for run in (cached, baseline) if run is not None),
         engine.host_format,
+        engine.gpu_format,
     )
     return ReplayResult(
         trace, model, engine, config, working_set_bytes, facts["device"], facts["dtype"], cached, baseline, agreement

@@ -19,7 +19,7 @@ from mtserve import _core
 from mtserve.cache.index import Copy, PageIds
 from mtserve.errors import TransferFailed
 from mtserve.kernels.cuda.queue import DriverQueue
-from mtserve.transfer.pool import poison_of
+from mtserve.transfer.pool import poison
 
 LOAD, STORE = "load", "store"
 
@@ -146,9 +146,9 @@ class Mover(ABC):
         self._fill(torch.from_numpy(pages.astype(np.int64)))
 
     def _fill(self, pages: torch.Tensor) -> None:
-        self.pool[pages] = poison_of(self.pool.dtype)
+        poison(self.pool, pages)
         if self.unpacker is not None:
-            self.unpacker.states[pages] = float("nan")
+            poison(self.unpacker.states, pages)
 
     def _injected(self, kind: str) -> TransferFailed | None:
         """The failure meant for the next job."""

@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 
 from mtserve.errors import ResourceExhausted
+from mtserve.kernels.page_write.rounding import movable
 from mtserve.units import format_bytes
 
 
@@ -75,6 +76,12 @@ class PackedPageShape:
 def poison_of(dtype: torch.dtype) -> float:
     """What pages of `dtype` are poisoned with: NaN; in packed pages bytes that make NaN of every peak."""
     return float("nan") if dtype.is_floating_point else 255
+
+
+def poison(pages: torch.Tensor, ids: torch.Tensor) -> None:
+    """Fill those of `pages` [pages, ...] that `ids` int64 [n] names with what makes NaN."""
+    fill = torch.full((), poison_of(pages.dtype), dtype=pages.dtype, device=pages.device)
+    movable(pages)[ids] = movable(fill)
 
 
 def allocate_pool(shape: Geometry, pages: int, device: torch.device, *, poison: bool) -> torch.Tensor:

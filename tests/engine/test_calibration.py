@@ -250,6 +250,7 @@ def test_costs_are_kept_by_what_they_depend_on(tmp_path: Path) -> None:
         key_of(config=replace(CONFIG, graphs="off")),
         key_of("reference"),
         key_of(config=replace(CONFIG, host_format="x8")),
+        key_of(config=replace(CONFIG, gpu_format="fp8")),
         key_of(host_pages=0),
     ]
     assert [cache.get(other) for other in others] == [None] * len(others)

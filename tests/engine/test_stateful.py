@@ -28,7 +28,10 @@ MODELS = {
     "full-static": [small_model(seed, **SMALL) for seed in (0, 1)],
     "causal": [small_model(seed, **SMALL, **CAUSAL) for seed in (0, 1)],
 }
-TOLERANCES = {"kv": 1e-5, "kv8": 0.05, "x8": 0.05, "x4": 0.3}
+TOLERANCES = {
+    ("native", "kv"): 1e-5, ("native", "kv8"): 0.05, ("native", "x8"): 0.05, ("native", "x4"): 0.3, ("fp8", "kv"): 0.05,
+}  # fmt: skip
+FORMATS = [("native", "kv"), ("native", "kv"), *TOLERANCES]  # of the device and of the host
 # A load of a few layers takes about as long as they take to encode: batches choose now one way, now another.
 EVEN = Costs(
     link=((1, 5e7), (4096, 2e8)), load_s=2e-6, batch_s=0.0, layer_s=1e-6, row_s=1e-6, pair_s=2e-8, unpack_s=1e-8
@@ -57,7 +60,7 @@ class EngineMachine(RuleBasedStateMachine):
         idle_ms=st.sampled_from([0, 40]),
         slow=st.sampled_from([0.0, 0.0, 0.4]),
         near_loads=st.booleans(),
-        host_format=st.sampled_from(["kv", "kv", *TOLERANCES]),
+        formats=st.sampled_from(FORMATS),
         policy=st.sampled_from(policy_names()),
         costs=st.sampled_from([*COSTS]),
         seed=st.integers(0, 999),
@@ -73,20 +76,22 @@ class EngineMachine(RuleBasedStateMachine):
         idle_ms: int,
         slow: float,
         near_loads: bool,
-        host_format: str,
+        formats: tuple[str, str],
         policy: str,
         costs: str,
         seed: int,
     ) -> None:
+        gpu_format, host_format = formats
         self.world = World(
             self.models[0],
             gpu_pages=gpu_pages,
             host_pages=host_pages,
             page_tokens=page_tokens,
             seed=seed,
+            gpu_format=gpu_format,
             host_format=host_format,
             policy=policy,
-            tolerance=TOLERANCES[host_format],
+            tolerance=TOLERANCES[formats],
             costs=COSTS[costs],
             max_batch_tokens=batch,
             cold_batch_tokens=max(1, batch // 2),

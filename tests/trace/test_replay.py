@@ -20,7 +20,15 @@ from mtserve.errors import InvalidArgument
 from mtserve.model.ranking import RankingModel
 from mtserve.model.schema import Feature, FeatureSchema
 from mtserve.model.weights import initialise
-from mtserve.trace.agreement import FORMAT_ERRORS, Difference, Verification, difference, judge, misplaced
+from mtserve.trace.agreement import (
+    FORMAT_ERRORS,
+    GPU_FORMAT_ERRORS,
+    Difference,
+    Verification,
+    difference,
+    judge,
+    misplaced,
+)
 from mtserve.trace.features import CATEGORIES, TraceRows
 from mtserve.trace.replay import ReplayResult, replay, size_tiers
 from mtserve.trace.replay_config import ReplayConfig
@@ -214,6 +222,18 @@ def test_bfloat16_is_held_to_the_reference() -> None:
     assert result.agreement.holds, result.agreement.broken
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_states_are_held_to_the_reference(dtype: str) -> None:
+    """Tiers sized by the working set hold the same share of it, in half of the bytes or a quarter."""
+    config = replace(CPU, dtype=dtype, gpu_format="fp8")
+    result = replay(small_trace(), tiny_model(), config, ReplayConfig(verify=6))
+    native = replay(small_trace(), tiny_model(), replace(CPU, dtype=dtype), ReplayConfig(baseline_requests=0, verify=0))
+    assert result.working_set_bytes * {"float32": 4, "bfloat16": 2}[dtype] == native.working_set_bytes
+    assert result.agreement.verified.cached.relative_l2 > 1e-3
+    assert result.agreement.tolerance is None
+    assert result.agreement.holds, result.agreement.broken
+
+
 def test_a_broken_score_is_seen(result: ReplayResult) -> None:
     run, offsets = result.cached, result.cached.cand_offsets
     wrong = run.logits.copy()
@@ -254,6 +274,18 @@ def test_a_lossy_host_format_may_add_its_error(dtype: str) -> None:
             assert verdict(1.01 * added, host_format, None) == (
                 dtype == "bfloat16"
             )  # without a baseline nothing is known
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_states_may_add_their_error(dtype: str) -> None:
+    def holds(cached: float) -> bool:
+        pair = Verification(3, 0, 10, Difference(3, relative_l2=cached), Difference(3, relative_l2=1e-3))
+        return judge(dtype, Difference(3, max_score=0.01), pair, 0, 0, "kv", "fp8").holds
+
+    added = GPU_FORMAT_ERRORS["fp8"]
+    assert holds(1.2e-3 + 0.99 * added)
+    assert not holds(1.2e-3 + 1.01 * added)
+    assert not holds(float("nan"))
 
 
 def test_what_does_not_fit_is_refused() -> None:

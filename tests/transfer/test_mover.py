@@ -150,6 +150,16 @@ def test_poison_fills_its_pages_alone() -> None:
     assert pool.numpy().tobytes() == expected.numpy().tobytes()
 
 
+def test_poison_of_fp8_is_its_nan() -> None:
+    shape = PageShape(layers=2, page_tokens=3, heads=2, head_dim=8, dtype=torch.float8_e4m3fn)
+    pool = allocate_pool(shape, 31, torch.device("cpu"), poison=False)
+    pool.fill_(1.0)
+    SyncMover(pool, pool.clone()).poison(_ids([30, 3]))
+    assert pool.float().isnan().flatten(1).all(1).nonzero().flatten().tolist() == [3, 30]
+    assert int((pool.float() == 1).sum()) == 29 * shape.bytes
+    assert allocate_pool(shape, 2, torch.device("cpu"), poison=True).float().isnan().all()
+
+
 def test_tiers_of_other_shapes_or_types_are_our_bug() -> None:
     pool, arena = _tiers()
     for wrong in (arena[:, :1], arena.double(), arena[::2]):

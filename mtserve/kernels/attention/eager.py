@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import silu
 
+from mtserve.kernels.page_write.rounding import movable
 from mtserve.kernels.plan import KernelPlan
 
 # Query rows of one tile. Rows of a tile look at keys up to the tile's largest limit only, so
@@ -15,7 +16,10 @@ TILE_ROWS = 256
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor | None, plan: KernelPlan, n: int
 ) -> torch.Tensor:
-    """[T, H, D] outputs of new rows `q`, `k`, `v` [T, H, D] over pages [pages, 2, page_tokens, H, D] and each other."""
+    """[T, H, D] outputs of new rows `q`, `k`, `v` [T, H, D] over pages [pages, 2, page_tokens, H, D] and each other.
+
+    Pages have the rows' type or fp8.
+    """
     out = torch.empty_like(q)
     limits = plan.limit.tolist()
     for slot, (begin, end) in enumerate(zip(plan.row_offsets, plan.row_offsets[1:], strict=False)):
@@ -42,7 +46,9 @@ def _prefix(
         assert pages is not None
         ids = plan.page_table[slot, : -(-cached // plan.page_tokens)]
         # Tokens past `cached` of the last page may hold anything, NaN included: cut before computing.
-        old = pages.index_select(0, ids).transpose(0, 1).flatten(1, 2)[:, :cached]
+        old = (
+            movable(pages).index_select(0, ids).view(pages.dtype).transpose(0, 1).flatten(1, 2)[:, :cached].to(k.dtype)
+        )
         new = torch.cat((old, new), dim=1)
     keys, values = new.transpose(1, 2).contiguous()
     return keys, values

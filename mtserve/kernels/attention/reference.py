@@ -15,7 +15,10 @@ from mtserve.kernels.plan import KernelPlan
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor | None, plan: KernelPlan, n: int
 ) -> torch.Tensor:
-    """[T, H, D] outputs of new rows `q`, `k`, `v` [T, H, D] over pages [pages, 2, page_tokens, H, D] and each other."""
+    """[T, H, D] outputs of new rows `q`, `k`, `v` [T, H, D] over pages [pages, 2, page_tokens, H, D] and each other.
+
+    Pages have the rows' type or fp8.
+    """
     out = torch.zeros(q.shape, dtype=torch.float32)
     q, k, v = q.float().cpu(), k.float().cpu(), v.float().cpu()
     alpha = q.shape[-1] ** -0.5
