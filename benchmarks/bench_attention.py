@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from mtserve.kernels.attention.cuda import AttentionKernel  # noqa: E402
 from mtserve.kernels.attention.work import BLOCK, FIRST_HALF_SHIFT, build_work, sum_partial  # noqa: E402
+from mtserve.kernels.page_write.rounding import movable  # noqa: E402
 from mtserve.provenance import stamp  # noqa: E402
 
 HEADS, N = 4, 1000
@@ -64,9 +65,9 @@ CASES = (
 
 
 class Problem:
-    """One case on the GPU."""
+    """One case on the GPU; `pages_dtype`: of the pool, bf16 or fp8."""
 
-    def __init__(self, case: Case, seed: int) -> None:
+    def __init__(self, case: Case, seed: int, pages_dtype: torch.dtype = torch.bfloat16) -> None:
         self.case, self.device = case, torch.device("cuda", torch.cuda.current_device())
         self.each = case.new + case.candidates
         self.rows, self.width = case.batch * self.each, HEADS * case.head_dim
@@ -79,7 +80,8 @@ class Problem:
             made = torch.empty(shape, device=self.device, dtype=torch.bfloat16)
             return made.normal_(generator=generator)
 
-        self.pool = random(max(1, case.batch * pages), self.layers, 2, BLOCK, HEADS, case.head_dim)
+        pool = random(max(1, case.batch * pages), self.layers, 2, BLOCK, HEADS, case.head_dim)
+        self.pool = pool.to(pages_dtype)
         self.uvqk = [random(self.rows, 4, HEADS, case.head_dim) for _ in range(min(3, self.layers))]
         table = np.random.default_rng(seed).permutation(case.batch * pages).reshape(case.batch, pages)
         self.table = torch.from_numpy(np.pad(table, ((0, 0), (0, int(pages == 0)))).astype(np.int32))
@@ -136,7 +138,8 @@ class Problem:
     def _expected(self, slot: int, index: torch.Tensor) -> torch.Tensor:
         case, first = self.case, slot * self.each
         _, v, q, k = (x.double() for x in self.uvqk[1 % len(self.uvqk)][first : first + self.each].unbind(1))
-        old = self.pool[self.table[slot, : case.cached // BLOCK].long().to(self.device), 1].double()
+        ids = self.table[slot, : case.cached // BLOCK].long().to(self.device)
+        old = movable(self.pool)[ids, 1].view(self.pool.dtype).double()
         old_k, old_v = old.transpose(0, 1).flatten(1, 2)
         keys, values = torch.cat((old_k, k[: case.new])), torch.cat((old_v, v[: case.new]))
         limit = torch.from_numpy(self.limits[first : first + self.each]).to(self.device)[index]
@@ -178,7 +181,8 @@ class Problem:
     def bytes(self) -> float:
         """Each K and V once, q of each row, k and v of candidates, the output in bf16."""
         prefix = self.case.batch * (self.case.cached + self.case.new)
-        return 2.0 * self.width * (2 * prefix + 2 * self.rows + 2 * self.case.batch * self.case.candidates)
+        saved = (2 - self.pool.element_size()) * self.case.batch * self.case.cached  # of each cached K and V
+        return 2.0 * self.width * (2 * prefix + 2 * self.rows + 2 * self.case.batch * self.case.candidates - saved)
 
 
 def measure(problem: Problem, **options: Any) -> dict[str, Any]:

@@ -18,6 +18,12 @@
 // whose fragments are at once the A operand of O += S V. S of the next block is computed together
 // with O of this one, and SiLU of the next runs beside the rest of O.
 //
+// Pages of fp8 take another way into the rings: the producer loads their bytes, in tiles of half the size, and three warps
+// of its warpgroup, idle otherwise, write the numbers as Elems where a bulk copy would have put them:
+//
+//   pages, e4m3   -> bulk copy -> staging -> converters -> K and V stages -> consumers
+//   new rows, ours -> bulk copy ---------------------------^
+//
 // Builds with `nvcc -gencode=arch=compute_90a,code=sm_90a --cubin` and with NVRTC: no headers.
 //   HEAD_DIM    32 | 64 | 128 | 256
 //   FP16        0 bf16, 1 fp16
@@ -27,6 +33,7 @@
 //   CHUNKED     0. With 1 a row's sum is made of chunks of blocks that the work list fixes for its slot: the first half
 //               of them added in order, the second likewise, then the two, partly within a unit and partly by whoever
 //               adds up partial sums. It has the same bits however units are cut.
+//   FP8_PAGES   0. 1: the pool's numbers are e4m3.
 //   SPIN_LIMIT  0. For debugging: polls after which a barrier gives up, so that a hang becomes a wrong result.
 
 #ifndef HEAD_DIM
@@ -39,7 +46,12 @@
 #define CHUNKED 0
 #endif
 
+#ifndef FP8_PAGES
+#define FP8_PAGES 0
+#endif
+
 #include "hopper.cuh"
+#include "fp8.cuh"
 
 // ---- geometry -------------------------------------------------------------------------------
 constexpr int D = HEAD_DIM;
@@ -61,9 +73,19 @@ constexpr int Q_STEPS = WARPGROUPS == 3 ? 2 : D <= 128 ? STEPS : 0;
 // A sum of closed chunks waits in shared memory: D / 2 floats a thread. With D = 256 there is no room, and it waits in
 // the output, where L2 adds to it; that is slow (2.7 microseconds a chunk were measured, under one through shared memory).
 constexpr bool KEPT_SUMS = CHUNKED && D <= 128;
-// Stages: as many as fit 227 KiB beside Q (and kept sums or the merge buffer). V is held a block longer than K.
-constexpr int K_STAGES = D > 128 ? 2 : !KEPT_SUMS || D < 128 ? 5 : WARPGROUPS == 2 ? 4 : 2;
-constexpr int V_STAGES = D > 128 ? 3 : !KEPT_SUMS || D < 128 ? 5 : WARPGROUPS == 2 ? 4 : 3;
+// Stages: as many as fit 227 KiB beside Q (and kept sums or the merge buffer). V is held a block longer than K. What fp8
+// pages are staged in, two to a K or V stage, has their place.
+constexpr int K_STAGES = D < 128 ? 5 : FP8_PAGES ? (D > 128 ? 2 : !KEPT_SUMS ? 4 : WARPGROUPS == 2 ? 3 : 2)
+                                                 : D > 128 ? 2 : !KEPT_SUMS ? 5 : WARPGROUPS == 2 ? 4 : 2;
+constexpr int V_STAGES = D < 128 || !FP8_PAGES ? (D > 128 ? 3 : !KEPT_SUMS || D < 128 ? 5 : WARPGROUPS == 2 ? 4 : 3)
+                                               : K_STAGES;
+constexpr int STAGING = !FP8_PAGES ? 0 : K_STAGES > 2 ? 4 : 2;
+constexpr int CONVERTERS = 3;                  // warps
+constexpr int FILLERS = FP8_PAGES ? CONVERTERS : 1;  // arrivals that make a K or V stage full
+constexpr int STAGED_COLS = D < 128 ? D : 128; // bytes of a row of a staged box, swizzled over as many
+constexpr int STAGED_BOXES = D / STAGED_COLS;
+constexpr int STAGED_BOX_BYTES = BLOCK * STAGED_COLS;
+constexpr int STAGED_BYTES = BLOCK * D;
 // Tiles of <= 64 rows would leave the second warpgroup idle: the two take alternate key blocks of the
 // same rows instead, and add up through shared memory. With D = 256 there is no room for that.
 constexpr bool ALTERNATE = WARPGROUPS == 2 && D <= 128 && !CHUNKED;
@@ -72,8 +94,10 @@ constexpr int Q_AT = 0;
 constexpr int K_AT = Q_AT + WARPGROUPS * TILE_BYTES;
 constexpr int V_AT = K_AT + K_STAGES * TILE_BYTES;
 constexpr int MERGE_AT = V_AT + V_STAGES * TILE_BYTES;
-constexpr int UNIT_AT = MERGE_AT + (ALTERNATE ? 1 : KEPT_SUMS ? WARPGROUPS : 0) * BLOCK * D * 4;
-constexpr int BARRIERS_AT = UNIT_AT + 64;      // 16 ints describe the unit
+constexpr int STAGING_AT = MERGE_AT + (ALTERNATE ? 1 : KEPT_SUMS ? WARPGROUPS : 0) * BLOCK * D * 4;
+constexpr int UNIT_AT = STAGING_AT + STAGING * STAGED_BYTES;
+constexpr int ERRANDS_AT = UNIT_AT + 64;       // 16 ints describe the unit
+constexpr int BARRIERS_AT = ERRANDS_AT + 16 * STAGING;
 constexpr int UNIT_FULL = BARRIERS_AT;
 constexpr int Q_FULL = UNIT_FULL + 8;
 constexpr int Q_EMPTY = Q_FULL + 8;            // Q and the unit's description are free again
@@ -81,19 +105,25 @@ constexpr int K_FULL = Q_EMPTY + 8;
 constexpr int K_EMPTY = K_FULL + 8 * K_STAGES;
 constexpr int V_FULL = K_EMPTY + 8 * K_STAGES;
 constexpr int V_EMPTY = V_FULL + 8 * V_STAGES;
-constexpr int SHARED_END = V_EMPTY + 8 * V_STAGES;
+constexpr int STAGED_FULL = V_EMPTY + 8 * V_STAGES;
+constexpr int STAGED_EMPTY = STAGED_FULL + 8 * STAGING;
+constexpr int SHARED_END = STAGED_EMPTY + 8 * STAGING;
 // Dynamic shared memory to ask for: 1024 more, to align the start.
 extern "C" __device__ const int hstu_shared_bytes = SHARED_END + 1024;
 
 static_assert(D == 32 || D == 64 || D == 128 || D == 256, "HEAD_DIM");
 static_assert(WARPGROUPS == 2 || (WARPGROUPS == 3 && D <= 128), "WARPGROUPS");
 static_assert(SHARED_END + 1024 <= 232448, "a block of sm_90 has at most 227 KiB");
+// The producer does not await the stages that converters fill. It must not come by a stage again before what was in it
+// the time before last has gone, or the parity of its barrier would mean that.
+static_assert(STAGING < 2 * (K_STAGES < V_STAGES ? K_STAGES : V_STAGES) - 1, "the producer runs too far ahead");
 static_assert(!ALTERNATE || (K_STAGES >= 4 && V_STAGES >= 4), "a V stage is held while the K two blocks on is awaited");
 
 // Registers after setmaxnreg. The launch gives 65536 / THREADS, rounded down to 8, to each thread: 168
-// with 384 threads, 128 with 512. (40 + 2 * 232) * 128 = 168 * 384; (32 + 3 * 160) * 128 = 128 * 512.
-constexpr int PRODUCER_REGS = WARPGROUPS == 2 ? 40 : 32;
-constexpr int CONSUMER_REGS = WARPGROUPS == 2 ? 232 : 160;
+// with 384 threads, 128 with 512. (40 + 2 * 232) * 128 = 168 * 384; (32 + 3 * 160) * 128 = 128 * 512. Converters take more:
+// (56 + 2 * 224) * 128 and (56 + 3 * 152) * 128 are as many.
+constexpr int PRODUCER_REGS = FP8_PAGES ? 56 : WARPGROUPS == 2 ? 40 : 32;
+constexpr int CONSUMER_REGS = (WARPGROUPS == 2 ? 232 : 160) - (FP8_PAGES ? 8 : 0);
 
 // Mirrored by `Params` in mtserve/kernels/attention/cuda.py.
 struct Params {
@@ -246,6 +276,14 @@ struct Unit {
 };
 static_assert(sizeof(Unit) <= 64, "UNIT_AT has 64 bytes");
 
+// What the producer tells the converters of staged bytes, in shared memory: where they go, what to tell when they are
+// there, and what to await before.
+struct alignas(16) Errand {
+    u32 tile;             // 0: there are no more
+    u32 full, empty;      // barriers of the stage
+    u32 parity;           // of the latter
+};
+
 // ---- producer: one warp ---------------------------------------------------------------------
 struct Producer {
     const TensorMap* pool;
@@ -253,26 +291,55 @@ struct Producer {
     const Params& p;
     u32 smem;
     Unit* unit_slot;
+    Errand* errands;
     int lane;
     u32 q_phase = 0;
     Ring<K_STAGES> k;
     Ring<V_STAGES> v;
+    Ring<STAGING> staged;
+
+    // Bytes of a page, and what is to become of them.
+    __device__ __forceinline__ void stage(const Errand& errand, int x, int row) {
+        if (lane == 0) {
+            const u32 full = smem + STAGED_FULL + 8 * staged.stage;
+            barrier_wait(smem + STAGED_EMPTY + 8 * staged.stage, staged.phase ^ 1);
+            errands[staged.stage] = errand;
+            barrier_expect(full, STAGED_BYTES);
+#pragma unroll
+            for (int c = 0; c < STAGED_BOXES; ++c)
+                load_box(smem + STAGING_AT + staged.stage * STAGED_BYTES + c * STAGED_BOX_BYTES, pool, full,
+                         x + c * STAGED_COLS, row);
+        }
+        staged.advance();
+    }
+    // A stage that a bulk copy fills is full for as many arrivals as one that the converters fill.
+    __device__ __forceinline__ void expect_tile(u32 full) {
+        barrier_expect(full, TILE_BYTES);
+#pragma unroll
+        for (int i = 1; i < FILLERS; ++i) barrier_arrive(full);
+    }
 
     __device__ __forceinline__ void put_k(bool cached, int x, int row) {
-        if (lane == 0) {
+        if (FP8_PAGES && cached) {
+            stage({smem + K_AT + k.stage * TILE_BYTES, smem + K_FULL + 8 * k.stage, smem + K_EMPTY + 8 * k.stage,
+                   k.phase ^ 1}, x, row);
+        } else if (lane == 0) {
             barrier_wait(smem + K_EMPTY + 8 * k.stage, k.phase ^ 1);
             const u32 full = smem + K_FULL + 8 * k.stage;
-            barrier_expect(full, TILE_BYTES);
+            expect_tile(full);
             load_tile(smem + K_AT + k.stage * TILE_BYTES, cached ? pool : rows_map, full,
                       (cached ? 0 : 3 * p.heads * D) + x, row);
         }
         k.advance();
     }
     __device__ __forceinline__ void put_v(bool cached, int x, int row) {
-        if (lane == 0) {
+        if (FP8_PAGES && cached) {
+            stage({smem + V_AT + v.stage * TILE_BYTES, smem + V_FULL + 8 * v.stage, smem + V_EMPTY + 8 * v.stage,
+                   v.phase ^ 1}, x, row);
+        } else if (lane == 0) {
             barrier_wait(smem + V_EMPTY + 8 * v.stage, v.phase ^ 1);
             const u32 full = smem + V_FULL + 8 * v.stage;
-            barrier_expect(full, TILE_BYTES);
+            expect_tile(full);
             load_tile(smem + V_AT + v.stage * TILE_BYTES, cached ? pool : rows_map, full,
                       (cached ? 0 : p.heads * D) + x, row);
         }
@@ -341,6 +408,11 @@ struct Producer {
             w0 = __ldg(p.work + 2 * item), w1 = __ldg(p.work + 2 * item + 1);
         }
         if (lane == 0) {
+            if constexpr (FP8_PAGES) {
+                barrier_wait(smem + STAGED_EMPTY + 8 * staged.stage, staged.phase ^ 1);
+                errands[staged.stage].tile = 0;
+                barrier_arrive(smem + STAGED_FULL + 8 * staged.stage);
+            }
             barrier_wait(smem + Q_EMPTY, q_phase ^ 1);
             unit_slot->head = -1;
             barrier_arrive(smem + UNIT_FULL);
@@ -352,6 +424,70 @@ struct Producer {
         }
     }
 };
+
+// ---- converters: three warps ----------------------------------------------------------------
+#if FP8_PAGES
+struct Converter {
+    u32 smem;
+    const Errand* errands;
+    int warp, lane;
+
+    // Where a row of a swizzled box has its 16-byte `chunk`; `row` modulo 8.
+    template <int BYTES>
+    static __device__ __forceinline__ u32 swizzled(u32 chunk, u32 row) {
+        return chunk ^ (BYTES == 128 ? row : BYTES == 64 ? row >> 1 & 3 : row >> 2 & 1);
+    }
+    // One tile, 16 numbers a lane and turn, each lane in another row: eight lanes have the same columns of eight rows, one
+    // below the other, whose chunks the swizzle lays into other banks, on both sides.
+    __device__ __forceinline__ void convert(u32 from, u32 to) const {
+        constexpr int CHUNKS = D / 16, IN_STAGED = STAGED_COLS / 16, IN_BOX = COLS / 16;
+        constexpr int TURNS = 2 * CHUNKS, AT_ONCE = 3;
+        const int r = lane & 7;
+#pragma unroll 1
+        for (int first = warp; first < TURNS; first += CONVERTERS * AT_ONCE) {
+            u32 x[AT_ONCE][4];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const u32 turn = first + CONVERTERS * i, chunk = turn % CHUNKS, row = turn / CHUNKS * 32 + lane;
+                if (turn < TURNS)
+                    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                                 : "=r"(x[i][0]), "=r"(x[i][1]), "=r"(x[i][2]), "=r"(x[i][3])
+                                 : "r"(from + chunk / IN_STAGED * STAGED_BOX_BYTES + row * STAGED_COLS +
+                                       swizzled<STAGED_COLS>(chunk % IN_STAGED, r) * 16) : "memory");
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const u32 turn = first + CONVERTERS * i, chunk = turn % CHUNKS, row = turn / CHUNKS * 32 + lane;
+                const u32 target = to + chunk / IN_BOX * BOX_BYTES + row * ROW_BYTES;
+                if (turn < TURNS)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half)
+                        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
+                                     ::"r"(target + swizzled<ROW_BYTES>(2 * (chunk % IN_BOX) + half, r) * 16),
+                                     "r"(widen<false>(x[i][2 * half])), "r"(widen<true>(x[i][2 * half])),
+                                     "r"(widen<false>(x[i][2 * half + 1])), "r"(widen<true>(x[i][2 * half + 1])) : "memory");
+            }
+        }
+    }
+    __device__ __forceinline__ void run() const {
+        Ring<STAGING> staged;
+        for (;;) {
+            barrier_wait(smem + STAGED_FULL + 8 * staged.stage, staged.phase);
+            const Errand errand = errands[staged.stage];
+            if (errand.tile == 0) return;
+            barrier_wait(errand.empty, errand.parity);
+            convert(smem + STAGING_AT + staged.stage * STAGED_BYTES, errand.tile);
+            fence_async_proxy();
+            __syncwarp();
+            if (lane == 0) {
+                barrier_arrive(errand.full);
+                barrier_arrive(smem + STAGED_EMPTY + 8 * staged.stage);
+            }
+            staged.advance();
+        }
+    }
+};
+#endif
 
 // ---- consumers ------------------------------------------------------------------------------
 struct Consumer {
@@ -721,9 +857,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         barrier_init(smem + Q_FULL, 1);
         barrier_init(smem + Q_EMPTY, CONSUMER_WARPS);
         for (int i = 0; i < K_STAGES; ++i)
-            barrier_init(smem + K_FULL + 8 * i, 1), barrier_init(smem + K_EMPTY + 8 * i, CONSUMER_WARPS);
+            barrier_init(smem + K_FULL + 8 * i, FILLERS), barrier_init(smem + K_EMPTY + 8 * i, CONSUMER_WARPS);
         for (int i = 0; i < V_STAGES; ++i)
-            barrier_init(smem + V_FULL + 8 * i, 1), barrier_init(smem + V_EMPTY + 8 * i, CONSUMER_WARPS);
+            barrier_init(smem + V_FULL + 8 * i, FILLERS), barrier_init(smem + V_EMPTY + 8 * i, CONSUMER_WARPS);
+        for (int i = 0; i < STAGING; ++i)
+            barrier_init(smem + STAGED_FULL + 8 * i, 1), barrier_init(smem + STAGED_EMPTY + 8 * i, CONVERTERS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("prefetch.tensormap [%0];" ::"l"((u64)&pool) : "memory");
         asm volatile("prefetch.tensormap [%0];" ::"l"((u64)&rows_map) : "memory");
@@ -731,10 +869,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGS));
+        Errand* errands = reinterpret_cast<Errand*>(aligned + ERRANDS_AT);
         if (threadIdx.x < 32) {
-            Producer producer{&pool, &rows_map, p, smem, unit, (int)(threadIdx.x & 31)};
+            Producer producer{&pool, &rows_map, p, smem, unit, errands, (int)(threadIdx.x & 31)};
             producer.run();
         }
+#if FP8_PAGES
+        else {
+            const Converter converter{smem, errands, uniform((threadIdx.x >> 5) - 1), (int)(threadIdx.x & 31)};
+            converter.run();
+        }
+#endif
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGS));
         consume(p, smem, unit, reinterpret_cast<float*>(aligned + MERGE_AT));

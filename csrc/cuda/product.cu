@@ -19,6 +19,7 @@
 // Builds with `nvcc -gencode=arch=compute_90a,code=sm_90a --cubin` and with NVRTC: no headers.
 //   EPILOGUE      0 projection, 1 residual
 //   FP16          0 bf16, 1 fp16
+//   FP8_PAGES     0. 1, projection only: k and v are rounded to e4m3, in C too, and pages hold them as bytes
 //   TILE_ROWS, TILE_COLUMNS: see product.cuh
 //   SPIN_LIMIT    0. For debugging: polls after which a barrier gives up, so that a hang becomes a wrong result.
 
@@ -26,7 +27,12 @@
 #define EPILOGUE 0
 #endif
 
+#ifndef FP8_PAGES
+#define FP8_PAGES 0
+#endif
+
 #include "hopper.cuh"
+#include "fp8.cuh"
 #include "product.cuh"
 
 constexpr int BAND = 8;                           // see `Tiles`
@@ -36,16 +42,23 @@ constexpr int SHARED_END = OLD_FULL + 16;
 extern "C" __device__ const int product_shared_bytes = SHARED_END + 1024;
 
 static_assert(EPILOGUE == 0 || EPILOGUE == 1, "EPILOGUE");
+static_assert(EPILOGUE == 0 || !FP8_PAGES, "FP8_PAGES");
 static_assert(SHARED_END + 1024 <= SHARED_LIMIT, "a block of sm_90 has at most 227 KiB");
 
 // Registers after setmaxnreg: (40 + 2 * 232) * 128 = 168 * 384, of which the launch gives 168 to each thread.
 constexpr int PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 
+#if FP8_PAGES
+using Kept = unsigned char;
+#else
+using Kept = Elem;
+#endif
+
 // Mirrored by `Params` in mtserve/kernels/product/cuda.py. Offsets and strides count elements.
 struct Params {
     const Elem* bias;       // [N]; projection only, like all down to layer_offset
     const int* target;      // [T]: 64 * page + offset, negative: not kept
-    Elem* pages;            // null: nothing is kept
+    Kept* pages;            // null: nothing is kept
     long long page_stride;
     long long layer_offset; // of the layer's K in a page; V follows 64 * width on
     int width;              // N = 4 * width: u, v, q, k
@@ -129,7 +142,7 @@ struct Consumer : Multiplier {
     __device__ __forceinline__ void sync() const { named_sync(1 + group, 128); }
 
 #if EPILOGUE == 0
-    // A warp writes its quarter of the tile's rows, 16 bytes a lane; `width` is a multiple of those 8 columns.
+    // A warp writes its quarter of the tile's rows, 8 columns a lane; `width` is a multiple of those 8 columns.
     static constexpr int PAGE = 64;   // tokens
     static constexpr int WARP_ROWS = TILE_ROWS / WARPS, VECTORS = TILE_COLUMNS / 8, AT_ONCE = 32 / VECTORS;
     // Of row `lane` of the warp's.
@@ -141,7 +154,7 @@ struct Consumer : Multiplier {
         const int vector = lane % VECTORS, x = column + 8 * vector, part = x / p.width;   // 0 u, 1 v, 2 q, 3 k
         const bool state = part == 1 || part == 3;
         if (!__any_sync(~0u, state) || !__any_sync(~0u, target >= 0)) return;
-        Elem* to = p.pages + p.layer_offset + (part == 3 ? 0 : (long long)PAGE * p.width) + (x - part * p.width);
+        Kept* to = p.pages + p.layer_offset + (part == 3 ? 0 : (long long)PAGE * p.width) + (x - part * p.width);
         const u32 from = c_tile + (vector / 8) * STRIP_BYTES;
 #pragma unroll 4
         for (int i = 0; i < WARP_ROWS; i += AT_ONCE) {
@@ -150,7 +163,11 @@ struct Consumer : Multiplier {
             if (state && place >= 0) {
                 const uint4 x8 = load_vector(from + row * ROW_BYTES + (((vector ^ row) & 7) * 16));
                 const long long offset = (place / PAGE) * p.page_stride + (long long)(place % PAGE) * p.width;
+#if FP8_PAGES
+                *reinterpret_cast<uint2*>(to + offset) = make_uint2(narrow(x8.x, x8.y), narrow(x8.z, x8.w));
+#else
                 *reinterpret_cast<uint4*>(to + offset) = x8;
+#endif
             }
         }
     }
@@ -229,7 +246,12 @@ struct Consumer : Multiplier {
             float half[HALVES][2];
 #pragma unroll
             for (int i = 0; i < 2 * HALVES; ++i) half[i / 2][i % 2] = 0.5f;
-            silu_to_tile(sum, bias, half);
+            // Whoever attends to a row sees what its page holds of it, in this batch as in later ones.
+            silu_to_tile(sum, bias, half, [&](int g, float low, float high) {
+                const int x = column + 8 * g;
+                const bool state = (x >= p.width && x < 2 * p.width) || x >= 3 * p.width;
+                return FP8_PAGES && state ? pack_rounded(low, high) : pack(low, high);
+            });
             store_tile(row, column);
             write_pages(target, column);
 #else

@@ -183,10 +183,11 @@ struct Multiplier {
         for (int g = 0; g < TILE_COLUMNS / 8; ++g)
             bias[g] = mine + 8 * g < columns ? __ldg(reinterpret_cast<const u32*>(all + mine + 8 * g)) : 0;
     }
-    // The tile of C = SiLU(scale * sum + bias). `half_scale` is half the scale of each of the thread's rows, which are
+    // The tile of C = finish(g, SiLU(scale * sum + bias)), pairs of columns 8 g and on packed by `finish`. `half_scale` is half the scale of each of the thread's rows, which are
     // lane / 4 of the warp's 16 and 8 further, in each half.
+    template <class Finish>
     __device__ __forceinline__ void silu_to_tile(const float (&sum)[HALVES][SUMS], const u32 (&bias)[TILE_COLUMNS / 8],
-                                                 const float (&half_scale)[HALVES][2]) const {
+                                                 const float (&half_scale)[HALVES][2], Finish finish) const {
         const u32 at = matrices_at();
 #pragma unroll
         for (int g = 0; g < TILE_COLUMNS / 8; g += 2) {
@@ -201,7 +202,7 @@ struct Multiplier {
                     const float* s = sum[half] + 4 * g + 2 * i;
                     const float2 b = half_bias[i / 2];
                     const float h = half_scale[half][i & 1];
-                    x[i] = pack(silu_of_half(fmaf(s[0], h, b.x)), silu_of_half(fmaf(s[1], h, b.y)));
+                    x[i] = finish(g + i / 2, silu_of_half(fmaf(s[0], h, b.x)), silu_of_half(fmaf(s[1], h, b.y)));
                 }
                 store_matrices(at + in_strip(half, g), x);
             }

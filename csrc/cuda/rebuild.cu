@@ -308,7 +308,7 @@ struct Consumer : Multiplier {
             load_scales(half_scale, place);
             float sum[HALVES][SUMS];
             multiply(sum, p.depth, (turn + 1 + group) & 1);   // the first one's first turn waits for nobody
-            silu_to_tile(sum, bias, half_scale);
+            silu_to_tile(sum, bias, half_scale, [](int, float low, float high) { return pack(low, high); });
             __syncwarp();   // a warp reads what it wrote, and nobody else's
             write_pages(place);
             __syncwarp();

@@ -1,4 +1,4 @@
-"""HSTU attention on Hopper's matrix units (csrc/cuda/hstu_attention.cu): bf16 or fp16, pages of 64 tokens."""
+"""HSTU attention on Hopper's matrix units (csrc/cuda/hstu_attention.cu): bf16 or fp16, pages of 64 tokens, fp8 too."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mtserve.errors import InvalidArgument
 from mtserve.kernels.attention.work import BLOCK, AttentionWork, build_work, sum_partial
 from mtserve.kernels.cuda.build import build
 from mtserve.kernels.cuda.driver import Function, Module, tensor_map
+from mtserve.kernels.page_write.rounding import FP8
 from mtserve.kernels.plan import KernelPlan
 
 HEAD_DIMS = (32, 64, 128, 256)
@@ -39,8 +40,8 @@ def tile_rows_of(head_dim: int) -> tuple[int, ...]:
 class AttentionKernel:
     """The attention of every layer of one model over one pool.
 
-    `pool` [pages, layers, 2, 64, H, D] (None: nothing is ever cached) may be a strided view whose pages and layers
-    lie apart. Launches of one instance must follow each other on one stream: they share a counter of work.
+    `pool` [pages, layers, 2, 64, H, D] (None: nothing is ever cached), of `dtype` or fp8, may be a strided view whose
+    pages and layers lie apart. Launches of one instance must follow each other on one stream: they share a counter of work.
     `deterministic`: for plans made so; a row's sum has the same bits however the plan cuts it.
     Raises InvalidArgument for what this kernel cannot do, BuildFailed where it cannot be built.
     """
@@ -59,13 +60,14 @@ class AttentionKernel:
         )
         self.heads, self.head_dim, self.dtype, self.layers = heads, head_dim, dtype, layers
         self.deterministic = deterministic
+        fp8 = pool is not None and pool.dtype == FP8
         self.sms = torch.cuda.get_device_properties(device).multi_processor_count
         with torch.cuda.device(device):
             # First, for it brings the context into being that modules are loaded into; it knows the device's index.
             self._counter = torch.zeros(2, dtype=torch.int32, device=device)
             self.device = self._counter.device
             self._functions = {
-                rows: _function(head_dim, dtype, rows, deterministic, self.device.index)
+                rows: _function(head_dim, dtype, rows, deterministic, fp8, self.device.index)
                 for rows in tile_rows_of(head_dim)
             }
             self._use_pool(pool)
@@ -80,10 +82,10 @@ class AttentionKernel:
         expected = (self.layers, 2, BLOCK, self.heads, self.head_dim)
         width = self.heads * self.head_dim
         inner = (BLOCK * width, width, self.head_dim, 1)
-        if pool.shape[1:] != expected or pool.dtype != self.dtype or pool.device != self.device:
+        if pool.shape[1:] != expected or pool.dtype not in (self.dtype, FP8) or pool.device != self.device:
+            wanted = f"[pages, *{list(expected)}] of {self.dtype} or {FP8} on {self.device}"
             got = f"{list(pool.shape)} of {pool.dtype} on {pool.device}"
-            raise InvalidArgument(f"expected [pages, *{list(expected)}] of {self.dtype} on {self.device}, got {got}",
-                                  field="pool")  # fmt: skip
+            raise InvalidArgument(f"expected {wanted}, got {got}", field="pool")
         if pool.stride()[2:] != inner or any(stride % (2 * BLOCK * width) for stride in pool.stride()[:2]):
             raise InvalidArgument("K and V of one layer of a page must be contiguous", field="pool")
         if not len(pool):
@@ -93,14 +95,14 @@ class AttentionKernel:
         # The copy engine's coordinates have 32 bits; they count rows, so that the bytes may be 2^31 times more.
         if rows >= 2**31:
             raise InvalidArgument(f"{rows} rows of keys and values; the limit is 2^31 - 1", field="pool")
-        self._pool_map = tensor_map(pool.data_ptr(), self.dtype, (rows, width), self._box)
+        self._pool_map = tensor_map(pool.data_ptr(), pool.dtype, (rows, width), self._box(pool.dtype))
 
-    @property
-    def _box(self) -> tuple[int, int]:
-        return (BLOCK, min(64, self.head_dim))
+    def _box(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Of a copy: as many columns of a head as 128 bytes hold."""
+        return (BLOCK, min(128 // dtype.itemsize, self.head_dim))
 
     def _new_projection_map(self, pointer: int, rows: int) -> ctypes.Array[ctypes.c_char]:
-        return tensor_map(pointer, self.dtype, (rows, 4 * self.heads * self.head_dim), self._box)
+        return tensor_map(pointer, self.dtype, (rows, 4 * self.heads * self.head_dim), self._box(self.dtype))
 
     def run(self, uvqk: torch.Tensor, layer: int, work: AttentionWork, out: torch.Tensor, n: int) -> None:
         """Launch on the current stream of this kernel's device, which must be the current one.
@@ -149,12 +151,12 @@ class AttentionKernel:
         self._functions[work.tile_rows].launch(self.sms, threads, self._pool_map or rows_map, rows_map, params)
 
 
-@lru_cache(128)
-def _function(head_dim: int, dtype: torch.dtype, tile_rows: int, chunked: bool, device: int) -> Function:
+@lru_cache(256)
+def _function(head_dim: int, dtype: torch.dtype, tile_rows: int, chunked: bool, fp8: bool, device: int) -> Function:
     """The kernel, loaded into the context of `device`, which is the current one."""
     macros = {
         "HEAD_DIM": head_dim, "FP16": int(dtype == torch.float16), "WARPGROUPS": tile_rows // BLOCK,
-        "CHUNKED": int(chunked),
+        "CHUNKED": int(chunked), "FP8_PAGES": int(fp8),
     }  # fmt: skip
     module = Module(build("hstu_attention", macros))
     return module.function("hstu_attention", module.read_int("hstu_shared_bytes"))
@@ -171,7 +173,8 @@ def attention(
 ) -> torch.Tensor:  # fmt: skip
     """As `reference.attention`, the work planned on the fly: for tests and one-off use.
 
-    `q`, `k`, `v` must be the sections of one projection's output [T, 4, H, D] (u, v, q, k).
+    `q`, `k`, `v` must be the sections of one projection's output [T, 4, H, D] (u, v, q, k). A NaN in pages of fp8 counts
+    as 480 in bf16.
     """
     uvqk = _projection_of(q, k, v)
     rows, _, heads, head_dim = uvqk.shape

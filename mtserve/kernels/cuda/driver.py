@@ -20,8 +20,8 @@ from mtserve.errors import FailedPrecondition
 
 TENSOR_MAP_BYTES = 128
 # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion, CUfunction_attribute of cuda.h
-_TYPES = {torch.float16: 6, torch.bfloat16: 9}
-_SWIZZLES = {64: 2, 128: 3}  # by bytes of a box's row
+_TYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}  # fp8 as bytes
+_SWIZZLES = {32: 1, 64: 2, 128: 3}  # by bytes of a box's row
 _L2_PROMOTION_256_BYTES = 3
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
@@ -304,7 +304,7 @@ class Launch:
 def tensor_map(pointer: int, dtype: torch.dtype, shape: tuple[int, int], box: tuple[int, int]) -> Any:
     """Map of a contiguous matrix of `shape` (rows, columns) at `pointer` for copies of `box` (rows, columns).
 
-    A box's row has 64 or 128 bytes and is swizzled over as many; what lies outside the matrix reads as zero.
+    A box's row has 32, 64 or 128 bytes and is swizzled over as many; what lies outside the matrix reads as zero.
     """
     rows, columns = shape
     # The encoder wants 64-byte alignment, which ctypes does not promise; the view keeps the buffer alive.

@@ -66,10 +66,13 @@ class Params(ctypes.Structure):
 class Product:
     """C [T, columns] = epilogue(A [T, depth] @ B [depth, columns]) for any T, with one epilogue.
 
+    `fp8`: pages are of fp8, and a projection's k and v are rounded for them.
     Raises InvalidArgument for what the kernel cannot do, BuildFailed where it cannot be built.
     """
 
-    def __init__(self, epilogue: int, depth: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, epilogue: int, depth: int, columns: int, dtype: torch.dtype, device: torch.device, *, fp8: bool = False
+    ) -> None:
         require(dtype in DTYPES, "dtype", f"bfloat16 or float16, not {dtype}")
         require(depth > 0 and depth % ALIGNMENT == 0, "depth", f"a positive multiple of {ALIGNMENT}, not {depth}")
         require(
@@ -83,7 +86,7 @@ class Product:
         with torch.cuda.device(device):
             # An allocation brings the context into being that modules are loaded into; it knows the device's index.
             self.device = torch.empty(1, device=device).device
-            self._functions = {tile: _function(epilogue, dtype, tile, self.device.index) for tile in TILES}
+            self._functions = {tile: _function(epilogue, dtype, tile, fp8, self.device.index) for tile in TILES}
 
     def check(self, name: str, matrix: torch.Tensor, shape: tuple[int, ...]) -> None:
         """Raises InvalidArgument unless `matrix` has this shape, the kernel's type, and lies where it can be read."""
@@ -124,11 +127,12 @@ def _cached_map(pointer: int, dtype: torch.dtype, rows: int, columns: int) -> ct
 
 
 @lru_cache(64)
-def _function(epilogue: int, dtype: torch.dtype, tile: Tile, device: int) -> Function:
+def _function(epilogue: int, dtype: torch.dtype, tile: Tile, fp8: bool, device: int) -> Function:
     """The kernel, loaded into the context of `device`, which is the current one."""
     macros = {
         "EPILOGUE": epilogue,
         "FP16": int(dtype == torch.float16),
+        "FP8_PAGES": int(fp8),
         "TILE_ROWS": tile.rows,
         "TILE_COLUMNS": tile.columns,
     }

@@ -1,10 +1,11 @@
-"""Projection, bias, SiLU and page write as one kernel on Hopper: bf16 or fp16, pages of 64 tokens."""
+"""Projection, bias, SiLU and page write as one kernel on Hopper: bf16 or fp16, pages of 64 tokens, fp8 too."""
 
 from __future__ import annotations
 
 import torch
 
 from mtserve.errors import InvalidArgument
+from mtserve.kernels.page_write.rounding import FP8
 from mtserve.kernels.product.cuda import ALIGNMENT, PROJECTION, Params, Product, Tile, require
 
 PAGE_TOKENS = 64
@@ -14,7 +15,7 @@ class ProjectionKernel:
     """The projections of every layer of one model: [T, d] to u, v, q, k of `width` = H * D columns each.
 
     `pool` [pages, layers, 2, 64, H, D] (None: nothing is kept) may be a strided view whose pages and layers lie
-    apart. Raises InvalidArgument for what the kernel cannot do, BuildFailed where it cannot be built.
+    apart. It has the model's type or fp8: k and v are then rounded for it, wherever they go. Raises InvalidArgument for what the kernel cannot do, BuildFailed where it cannot be built.
     """
 
     def __init__(
@@ -23,7 +24,8 @@ class ProjectionKernel:
     ) -> None:  # fmt: skip
         require(page_tokens == PAGE_TOKENS, "page_tokens", f"pages of {PAGE_TOKENS} tokens, not {page_tokens}")
         require(width > 0 and width % ALIGNMENT == 0, "width", f"a positive multiple of {ALIGNMENT}, not {width}")
-        self._product = Product(PROJECTION, d, 4 * width, dtype, device)
+        fp8 = pool is not None and pool.dtype == FP8
+        self._product = Product(PROJECTION, d, 4 * width, dtype, device, fp8=fp8)
         self.width, self.layers = width, layers
         if pool is not None:
             self._check_pool(pool)
@@ -33,14 +35,16 @@ class ProjectionKernel:
         dtype, device = self._product.dtype, self._product.device
         shape = pool.shape
         fits = pool.ndim == 6 and shape[1:4] == (self.layers, 2, PAGE_TOKENS) and shape[4] * shape[5] == self.width
-        if not fits or pool.dtype != dtype or pool.device != device:
-            expected = f"[pages, {self.layers}, 2, {PAGE_TOKENS}, H, D] of {dtype} on {device} with H * D {self.width}"
+        if not fits or pool.dtype not in (dtype, FP8) or pool.device != device:
+            sizes = f"[pages, {self.layers}, 2, {PAGE_TOKENS}, H, D]"
+            expected = f"{sizes} of {dtype} or {FP8} on {device} with H * D {self.width}"
             raise InvalidArgument(f"expected {expected}, got {list(shape)} of {pool.dtype} on {pool.device}",
                                   field="pool")  # fmt: skip
         inner = (PAGE_TOKENS * self.width, self.width, shape[5], 1)
         apart = [*pool.stride()[:2], pool.data_ptr() // pool.element_size()]
         if pool.stride()[2:] != inner or any(stride % ALIGNMENT for stride in apart):
-            raise InvalidArgument("K and V of one layer of a page must be contiguous and 16-byte aligned", field="pool")
+            wanted = f"K and V of one layer of a page must be contiguous and start at multiples of {ALIGNMENT} values"
+            raise InvalidArgument(wanted, field="pool")
 
     def run(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: torch.Tensor, mixed: torch.Tensor,
