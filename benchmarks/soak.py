@@ -33,6 +33,7 @@ from mtserve.trace.replay_config import ReplayConfig  # noqa: E402
 
 # Of any score. Roundings in bf16 make up to 0.017, states of another history several tenths.
 LARGEST_ERROR = {"kv": 0.05, "kv8": 0.05, "x8": 0.05, "x4": 0.1}
+FORMATS = (("native", "kv"), ("native", "kv"), ("native", "kv8"), ("native", "x8"), ("native", "x4"), ("fp8", "kv"))
 COUNTED = (
     "loads_total", "stores_total", "loads_failed_total", "stores_failed_total", "loads_declined_total",
     "batches_over_loads_total", "write_backs_deferred_total", "evicted_unsaved_pages_total", "batches_total",
@@ -54,12 +55,14 @@ def trace_of(draw: random.Random, seed: int, *, cuda: bool) -> GeneratorConfig:
 def engine_of(draw: random.Random, seed: int, *, cuda: bool) -> EngineConfig:
     """Tiers too small, copies that fail or are late, and every way to bring states back and to save them."""
     fail, slow, late_ms = draw.choice((0, 0.02, 0.2)), draw.choice((0, 0.05, 0.3)), draw.choice((1, 5, 20))
+    gpu_format, host_format = draw.choice(FORMATS)
     return EngineConfig(
         device="cuda" if cuda else "cpu",
         gpu_cache=draw.choice(("8%ws", "20%ws", "50%ws")),
         host_cache=draw.choice(("0", "4%ws", "50%ws", "120%ws")),
         restore=draw.choice(("load", "auto", "auto")),
-        host_format=draw.choice(("kv", "kv", "kv8", "x8", "x4")),
+        gpu_format=gpu_format,
+        host_format=host_format,
         graphs=draw.choice(("on", "on", "off")),
         deterministic=cuda and draw.random() < 0.2,
         write_back_idle_ms=draw.choice((0, 5, 100)),
@@ -88,7 +91,7 @@ def run_round(seed: int, *, cuda: bool) -> dict[str, Any]:
     return {
         "seed": seed,
         "model": model.config.name,
-        "format": engine.host_format,
+        "format": "fp8" if engine.gpu_format == "fp8" else engine.host_format,
         "chaos": engine.chaos,
         **outcome(result, cuda=cuda),
     }

@@ -188,9 +188,9 @@ def transfer_lines(result: Result) -> Lines:
 
 
 def format_lines(result: Result) -> Lines:
-    """What a prefix restored from each host format costs in accuracy."""
+    """What each format of the host and the device costs in accuracy."""
     columns = [
-        "host format",
+        "format",
         "bytes a token and layer",
         "relative L2 of the logits",
         "Kendall tau, mean / least",
@@ -207,8 +207,29 @@ def format_lines(result: Result) -> Lines:
     ]  # fmt: skip
     model = result["model"]
     return [
-        f"Prefixes restored from what the host may keep, in fp32, a model of {model['layers']} layers of width",
+        "Prefixes restored from what the host may keep, and, `gpu fp8`, whole passes through fp8 pages of the device: in fp32,",
+        f"a model of {model['layers']} layers of width",
         f"{model['d']}, trained on a generated trace; {result['requests']} requests, {result['candidates']:,} candidates ({hardware(result['stamp'])}):",
+        "",
+        *table(columns, rows),
+    ]
+
+
+def gpu_format_lines(result: Result) -> Lines:
+    """Pages of fp8 beside pages of bf16."""
+    columns = ["", "bf16 pages, ms", "fp8 pages, ms", "relative L2, bf16", "fp8", "users a GiB, bf16", "fp8"]
+    rows = [
+        [
+            f"{kind} {row['case']}", *(number(row[pages]["ms"], 4) for pages in ("native", "fp8")),
+            *(f"{row[pages][error]:.1e}" for pages in ("native", "fp8")),
+            *(number(row[pages].get("users_per_gib"), 1) for pages in ("native", "fp8")),
+        ]
+        for kind, error in (("attention", "relative_l2"), ("layers", "error"))
+        for row in result[kind]
+    ]  # fmt: skip
+    return [
+        f"The device's pages in fp8 ({hardware(result['stamp'])}; the attention of one layer, whose error is that over the numbers",
+        "its pages hold, and all layers, whose error is from an fp32 pass that rounds nothing):",
         "",
         *table(columns, rows),
     ]
@@ -279,6 +300,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Result], Lines]], ...] = (
     ("soak_cuda.json", "python benchmarks/soak.py --device cuda", soak_lines),
     ("soak_cuda_2.json", "python benchmarks/soak.py --device cuda", soak_lines),
     ("formats.json", "python benchmarks/bench_formats.py", format_lines),
+    ("gpu_format.json", "python benchmarks/bench_gpu_format.py", gpu_format_lines),
     ("planning.json", "make bench", planning_lines),
     ("history.json", "make bench", history_lines),
 )

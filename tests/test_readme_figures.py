@@ -35,6 +35,17 @@ FORWARD = {
     ],
 }
 
+GPU_FORMAT = {
+    "stamp": STAMP,
+    "attention": [
+        {"case": "cached B9", "native": {"ms": 0.05, "relative_l2": 2e-3}, "fp8": {"ms": 0.04, "relative_l2": 3e-3}}
+    ],
+    "layers": [
+        {"case": "cached hstu B9", "native": {"ms": 0.5, "error": 4e-3, "users_per_gib": 1.94},
+         "fp8": {"ms": 0.45, "error": 1e-2, "users_per_gib": 3.88}}
+    ],
+}  # fmt: skip
+
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -74,6 +85,13 @@ def test_products_loop_and_deterministic_forward_are_shown(script: ModuleType) -
     ):
         assert row in lines
     assert sum("some GPU, commit abc, seed 3" in line for line in lines) == 3
+
+
+def test_formats_of_the_device_are_shown_side_by_side(script: ModuleType) -> None:
+    (script.RESULTS / "gpu_format.json").write_text(json.dumps(GPU_FORMAT))
+    lines = script.figures().splitlines()
+    assert "| attention cached B9 | 0.0500 | 0.0400 | 2.0e-03 | 3.0e-03 | - | - |" in lines
+    assert "| layers cached hstu B9 | 0.5000 | 0.4500 | 4.0e-03 | 1.0e-02 | 1.9 | 3.9 |" in lines
 
 
 def test_padding_has_a_column_where_a_replay_padded(script: ModuleType) -> None:

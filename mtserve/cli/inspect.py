@@ -28,7 +28,7 @@ examples:
   mtserve inspect mtserve-history                  users, behaviours, and a check of everything stored
   mtserve inspect trace.jsonl.gz
 """
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 DATABASE = "history.sqlite"
 USERS_AT_ONCE = 1024
 

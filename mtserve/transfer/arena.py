@@ -23,6 +23,7 @@ import torch
 
 from mtserve._core import HostMemory
 from mtserve.errors import CorruptState, MtserveError, ResourceExhausted
+from mtserve.kernels.page_write.rounding import movable
 from mtserve.transfer.numa import SYSFS, node_of, pci_id
 from mtserve.transfer.pinning import CudaPinning, Pinning, memlock_limit
 from mtserve.transfer.pool import Geometry, poison_of
@@ -136,7 +137,7 @@ class HostArena:
 
     def _fill(self, first: int, count: int) -> None:
         if self._poison:
-            self.tensor[first : first + count].fill_(poison_of(self.tensor.dtype))
+            movable(self.tensor)[first : first + count].fill_(poison_of(self.tensor.dtype))
 
     def _exhausted(self, size: int, error: MtserveError) -> ResourceExhausted:
         reason = str(error).removeprefix("host_cache: ")

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 
 from mtserve.errors import ResourceExhausted
-from mtserve.kernels.page_write.rounding import movable
+from mtserve.kernels.page_write.rounding import FP8, FP8_NAN, movable
 from mtserve.units import format_bytes
 
 
@@ -74,14 +74,15 @@ class PackedPageShape:
 
 
 def poison_of(dtype: torch.dtype) -> float:
-    """What pages of `dtype` are poisoned with: NaN; in packed pages bytes that make NaN of every peak."""
+    """What `movable` pages of `dtype` are poisoned with: NaN; in packed pages bytes that make NaN of every peak."""
+    if dtype == FP8:
+        return FP8_NAN
     return float("nan") if dtype.is_floating_point else 255
 
 
 def poison(pages: torch.Tensor, ids: torch.Tensor) -> None:
     """Fill those of `pages` [pages, ...] that `ids` int64 [n] names with what makes NaN."""
-    fill = torch.full((), poison_of(pages.dtype), dtype=pages.dtype, device=pages.device)
-    movable(pages)[ids] = movable(fill)
+    movable(pages)[ids] = poison_of(pages.dtype)
 
 
 def allocate_pool(shape: Geometry, pages: int, device: torch.device, *, poison: bool) -> torch.Tensor:
@@ -95,5 +96,5 @@ def allocate_pool(shape: Geometry, pages: int, device: torch.device, *, poison: 
         size = format_bytes(pages * shape.bytes)
         raise ResourceExhausted(f"{size} on {device} did not fit: {error}", field="gpu_cache") from None
     if poison:
-        pool.fill_(poison_of(shape.dtype))
+        movable(pool).fill_(poison_of(shape.dtype))
     return pool

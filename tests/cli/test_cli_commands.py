@@ -164,6 +164,7 @@ def test_inspect_tells_a_model_s_memory(tmp_path: Path, capsys: Capture) -> None
     assert found["states"]["bfloat16"]["bytes_per_token"] == 2 * 2 * 2 * 16 * 2
     assert found["states"]["float32"]["bytes_per_user"] == 2 * 64 * 512
     assert found["states"]["float32"]["users_per_gib"] == 2**30 / (2 * 64 * 512)
+    assert found["states"]["fp8"]["users_per_gib"] == 4 * found["states"]["float32"]["users_per_gib"]
     assert sum(found["parameters"].values()) == sum(p.numel() for p in model.parameters())
     assert main(["inspect"]) == 0
     assert "mtgr-large: 15 layers" in capsys.readouterr().out

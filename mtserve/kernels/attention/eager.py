@@ -46,10 +46,8 @@ def _prefix(
         assert pages is not None
         ids = plan.page_table[slot, : -(-cached // plan.page_tokens)]
         # Tokens past `cached` of the last page may hold anything, NaN included: cut before computing.
-        old = (
-            movable(pages).index_select(0, ids).view(pages.dtype).transpose(0, 1).flatten(1, 2)[:, :cached].to(k.dtype)
-        )
-        new = torch.cat((old, new), dim=1)
+        old = movable(pages).index_select(0, ids).view(pages.dtype).to(k.dtype)
+        new = torch.cat((old.transpose(0, 1).flatten(1, 2)[:, :cached], new), dim=1)
     keys, values = new.transpose(1, 2).contiguous()
     return keys, values
 

@@ -12,6 +12,7 @@ import torch
 
 FP8 = torch.float8_e4m3fn
 LARGEST_FP8 = 448.0
+FP8_NAN = 0x7F  # one of its two bytes
 
 
 def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
