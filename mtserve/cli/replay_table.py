@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mtserve.trace.agreement import REFERENCE_RATIO, added_error
+from mtserve.trace.agreement import added_error, allowed_ratio
 from mtserve.trace.replay import ReplayResult
 from mtserve.units import format_bytes
 
@@ -189,6 +189,6 @@ def _held(result: ReplayResult) -> str:
         return f"[bold green]scores agree[/] to {agreement.tolerance:g}"
     if agreement.tolerance is None and agreement.verified.requests and agreement.verified.uncached:
         added, formats = added_error(result.engine.host_format, result.engine.gpu_format)
-        beyond = f" and {added:g} for {formats}" if added else ""
-        return f"[bold green]scores agree[/]: no further from fp32 than {REFERENCE_RATIO:g} times the uncached ones{beyond}"
+        beyond, ratio = f" and {added:g} for {formats}" if added else "", allowed_ratio(agreement.verified.requests)
+        return f"[bold green]scores agree[/]: no further from fp32 than {ratio:.3g} times the uncached ones{beyond}"
     return "[bold yellow]scores were not compared[/] with anything that this type's rule needs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from mtserve.trace.schema import Ints
 FLOAT32_TOLERANCE = 1e-5
 REFERENCE_RATIO = 1.2
 """How much further from the fp32 reference than the uncached scores the cached ones may be, in relative L2."""
+CHANCE = 1.0
+"""Of a sample of n requests, CHANCE / sqrt(n) times further still: what rounds alike is not alike in two requests."""
 
 FORMAT_ERRORS = {"kv": 0.0, "kv8": 5e-3, "x8": 5e-3, "x4": 5e-2}
 """Relative L2 of the logits that a host format may add, by `host_format`; benchmarks/bench_formats.py measures less."""
@@ -157,6 +160,11 @@ def added_error(host_format: str, gpu_format: str) -> tuple[float, str]:
     return sum(errors.values()), " and ".join(name for name, error in errors.items() if error)
 
 
+def allowed_ratio(requests: int) -> float:
+    """REFERENCE_RATIO of a sample of so many requests, 1 or more."""
+    return REFERENCE_RATIO * (1 + CHANCE / math.sqrt(requests))
+
+
 def judge(
     dtype: str,
     compared: Difference,
@@ -169,8 +177,9 @@ def judge(
     """The exactness contract, as far as this replay can tell.
 
     float32 and lossless: scores equal to FLOAT32_TOLERANCE, cached against uncached and against the reference. Else the
-    cached logits' distance from the reference is at most REFERENCE_RATIO times the uncached ones' and what the formats
-    may add.
+    cached logits' distance from the reference, over a sample, is at most `allowed_ratio` times the uncached ones' and what
+    the formats may add; and, over all requests that both runs answered, they are no further from the uncached ones than
+    both may be from the reference together.
     """
     added, formats = added_error(host_format, gpu_format)
     broken = []
@@ -184,12 +193,17 @@ def judge(
                 broken.append(f"scores differ from {what} by {found.max_score:.3g}, more than {FLOAT32_TOLERANCE:g}")
         return Agreement(compared, verified, tuple(broken), FLOAT32_TOLERANCE)
     if verified.uncached is not None and verified.requests:
-        if not verified.cached.relative_l2 <= REFERENCE_RATIO * verified.uncached.relative_l2 + added:
-            broken.append(
-                f"the cached logits are {verified.cached.relative_l2:.3g} (relative L2) from the fp32 reference, "
-                f"more than {REFERENCE_RATIO:g} times the uncached ones' {verified.uncached.relative_l2:.3g}"
-                + (f" and the {added:g} of {formats}" if added else "")
-            )
+        ratio, rounding = allowed_ratio(verified.requests), verified.uncached.relative_l2
+        beyond = f" and the {added:g} of {formats}" if added else ""
+        for what, found, times in (
+            ("the fp32 reference", verified.cached, ratio),
+            ("the uncached ones, all requests together,", compared, 1 + ratio),
+        ):
+            if not found.relative_l2 <= times * rounding + added:
+                broken.append(
+                    f"the cached logits are {found.relative_l2:.3g} (relative L2) from {what} more than {times:.3g} times "
+                    f"the uncached ones' {rounding:.3g} from the reference{beyond}"
+                )
     elif dtype == "float32" and verified.requests and not verified.cached.relative_l2 <= added:
         broken.append(
             f"the logits are {verified.cached.relative_l2:.3g} (relative L2) from the fp32 reference, more than the "

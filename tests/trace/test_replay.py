@@ -250,20 +250,25 @@ def test_a_broken_score_is_seen(result: ReplayResult) -> None:
     assert not judge("float32", nan, verified, 0, 0).holds
 
 
-def test_shorter_types_may_be_a_fifth_further_from_fp32() -> None:
-    def verdict(cached: float, uncached: float) -> bool:
-        pair = Verification(3, 0, 10, Difference(3, relative_l2=cached), Difference(3, relative_l2=uncached))
-        return judge("bfloat16", Difference(3, max_score=0.01), pair, 0, 0).holds
+def test_shorter_types_may_be_a_fifth_further_from_fp32_and_small_samples_further() -> None:
+    def verdict(cached: float, uncached: float, apart: float, requests: int = 10**8) -> bool:
+        pair = Verification(requests, 0, 10, Difference(3, relative_l2=cached), Difference(3, relative_l2=uncached))
+        return judge("bfloat16", Difference(3, max_score=0.01, relative_l2=apart), pair, 0, 0).holds
 
-    assert verdict(1.19e-3, 1e-3)
-    assert not verdict(1.21e-3, 1e-3)
+    assert verdict(1.19e-3, 1e-3, 0.0)
+    assert not verdict(1.21e-3, 1e-3, 0.0)
+    assert verdict(1.79e-3, 1e-3, 0.0, requests=4)
+    assert not verdict(1.81e-3, 1e-3, 0.0, requests=4)
+    assert verdict(1e-3, 1e-3, 2.19e-3)
+    assert not verdict(1e-3, 1e-3, 2.21e-3)
+    assert not verdict(1e-3, 1e-3, float("nan"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_lossy_host_format_may_add_its_error(dtype: str) -> None:
     def verdict(cached: float, host_format: str, uncached: float | None = 1e-3) -> bool:
         without = None if uncached is None else Difference(3, relative_l2=uncached)
-        pair = Verification(3, 0, 10, Difference(3, relative_l2=cached), without)
+        pair = Verification(10**8, 0, 10, Difference(3, relative_l2=cached), without)
         return judge(dtype, Difference(3, max_score=0.01), pair, 0, 0, host_format).holds
 
     for host_format, added in FORMAT_ERRORS.items():
@@ -279,7 +284,7 @@ def test_a_lossy_host_format_may_add_its_error(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fp8_states_may_add_their_error(dtype: str) -> None:
     def holds(cached: float) -> bool:
-        pair = Verification(3, 0, 10, Difference(3, relative_l2=cached), Difference(3, relative_l2=1e-3))
+        pair = Verification(10**8, 0, 10, Difference(3, relative_l2=cached), Difference(3, relative_l2=1e-3))
         return judge(dtype, Difference(3, max_score=0.01), pair, 0, 0, "kv", "fp8").holds
 
     added = GPU_FORMAT_ERRORS["fp8"]
