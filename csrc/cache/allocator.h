@@ -18,7 +18,7 @@ constexpr int32_t kRunPages = 16;
 
 class PageAllocator {
 public:
-    PageAllocator(int64_t pages, bool track_freed);
+    explicit PageAllocator(int64_t pages, bool track_freed = false);
 
     int32_t total() const { return total_; }
     int32_t free() const { return free_; }

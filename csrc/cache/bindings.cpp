@@ -77,7 +77,7 @@ Ticket begin_batch(Index& index, nb::sequence users, nb::sequence chains, nb::ha
     plan.width = static_cast<int32_t>(std::min<int64_t>(table_out.extent(1), kMaxChain));
     if (table_out.extent(1) != plan.width) throw invalid_argument("page_table", "rows of more than 2^24 pages");
     std::deque<Buffer> held;  // a deque, for views must not move
-    std::vector<BatchItem> items(static_cast<size_t>(rows));
+    std::vector<Index::BatchItem> items(static_cast<size_t>(rows));
     for (Py_ssize_t i = 0; i < rows; ++i) {
         held.emplace_back(chain_items[i], "chains", PyBUF_FORMAT);
         items[i] = {user_view(user_items[i], "users"), chain_view(held.back(), "chains")};
@@ -85,7 +85,7 @@ Ticket begin_batch(Index& index, nb::sequence users, nb::sequence chains, nb::ha
     return index.begin_batch(items, plan, now);
 }
 
-nb::object copy_tuple(const CopyPlan& plan) {
+nb::object copy_tuple(const Index::CopyPlan& plan) {
     if (!plan.ticket) return nb::none();
     return nb::make_tuple(plan.ticket, page_bytes(plan.gpu_pages), page_bytes(plan.host_pages), plan.first_token, plan.tokens);
 }
@@ -110,7 +110,7 @@ nb::list begin_stores(Index& index, nb::sequence users, bool tail, int64_t pages
     }
     nb::list plans;
     for (size_t i = 0; i < names.size() && pages > 0; ++i) {
-        const CopyPlan plan = index.begin_store(names[i], tail, now);
+        const Index::CopyPlan plan = index.begin_store(names[i], tail, now);
         pages -= static_cast<int64_t>(plan.gpu_pages.size());
         plans.append(copy_tuple(plan));
     }
@@ -118,7 +118,7 @@ nb::list begin_stores(Index& index, nb::sequence users, bool tail, int64_t pages
 }
 
 nb::tuple busy(const Index& index, nb::handle user) {
-    const Entry* entry = index.find(user_view(user, "user"));
+    const Index::Entry* entry = index.find(user_view(user, "user"));
     return nb::make_tuple(entry && entry->load, entry && entry->store, entry && entry->batch);
 }
 
@@ -140,7 +140,7 @@ void touch(Index& index, nb::sequence users, double now) {
 
 nb::list users(const Index& index) {
     nb::list rows;
-    for (const Entry* entry : index.live_entries())
+    for (const Index::Entry* entry : index.live_entries())
         rows.append(nb::make_tuple(entry->user, entry->on[kGpu].tokens, entry->on[kHost].tokens));
     return rows;
 }
@@ -201,8 +201,15 @@ void bind_index(nb::module_& module) {
         .def_ro("loading", &Presence::loading)
         .def_ro("in_batch", &Presence::in_batch);
     nb::class_<Index>(module, "Index")
-        .def(nb::init<int64_t, int64_t, int64_t, const std::string&, bool>(), "page_tokens"_a, "gpu_pages"_a, "host_pages"_a,
-             "policy"_a, "track_freed"_a)
+        .def("__init__",
+             [](Index* index, int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy,
+                bool track_freed) {
+                 const auto tier = [&](int64_t pages) {
+                     return Index::TierParts{PageAllocator(pages, track_freed), make_policy(policy, pages)};
+                 };
+                 new (index) Index(page_tokens, tier(gpu_pages), tier(host_pages));
+             },
+             "page_tokens"_a, "gpu_pages"_a, "host_pages"_a, "policy"_a, "track_freed"_a)
         .def_prop_ro("page_tokens", &Index::page_tokens)
         .def("lookup", &lookup, "user"_a, "chain"_a)
         .def("survey", &survey, "users"_a, "chains"_a)
@@ -228,7 +235,7 @@ void bind_index(nb::module_& module) {
         .def("users", &users)
         .def("_stats", &stats)
         .def("_drain_freed",
-             [](Index& index, const std::string& tier) { return page_bytes(index.drain_freed(parse_tier(tier))); }, "tier"_a)
+             [](Index& index, const std::string& tier) { return page_bytes(index.allocator(parse_tier(tier)).drain_freed()); }, "tier"_a)
         .def("drain_returns",
              [](Index& index) {
                  nb::list seconds;

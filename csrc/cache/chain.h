@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "xxh64.h"
 
@@ -33,5 +34,37 @@ inline int32_t common_prefix(ChainView a, ChainView b) {
     }
     return equal;
 }
+
+// The chain of what is cached, which grows by what batches add and shrinks by what is evicted or void.
+class HashChain {
+public:
+    using View = ChainView;
+    // What batches in flight are to append, one after the other.
+    using Tails = std::vector<uint64_t>;
+    struct Tail {
+        size_t begin, end;
+    };
+
+    View view() const { return {entries_.data(), size()}; }
+    int32_t size() const { return static_cast<int32_t>(entries_.size()); }
+
+    void fit(int32_t tokens) {
+        entries_.resize(tokens);
+        if (entries_.capacity() > 2 * entries_.size() + 64) entries_.shrink_to_fit();
+    }
+
+    // Keeps entries [size, stored) of `chain`, which continues this one.
+    Tail keep(View chain, int32_t stored, Tails& tails) const {
+        const size_t begin = tails.size();
+        if (stored > size()) tails.insert(tails.end(), chain.data + size(), chain.data + stored);
+        return {begin, tails.size()};
+    }
+    void append(const Tails& tails, Tail tail) {
+        entries_.insert(entries_.end(), tails.begin() + tail.begin, tails.begin() + tail.end);
+    }
+
+private:
+    std::vector<uint64_t> entries_;
+};
 
 }  // namespace mtserve

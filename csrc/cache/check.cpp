@@ -1,6 +1,7 @@
 // Statistics, the walk over every invariant, and the means to break one on purpose.
 #include <algorithm>
 
+#include "counted.h"
 #include "errors.h"
 #include "index.h"
 
@@ -12,11 +13,10 @@ void require(bool holds, const char* where, const std::string& broken) {
     if (!holds) throw corrupt_state(where, broken);
 }
 
-std::string of(const Entry& entry) { return " (user '" + entry.user + "')"; }
-
 }  // namespace
 
-std::vector<const Entry*> Index::live_entries() const {
+template <typename Kind>
+std::vector<const typename BasicIndex<Kind>::Entry*> BasicIndex<Kind>::live_entries() const {
     std::vector<const Entry*> live;
     live.reserve(table_.size());
     for (const auto& entry : entries_)
@@ -24,7 +24,8 @@ std::vector<const Entry*> Index::live_entries() const {
     return live;
 }
 
-IndexStats Index::stats() const {
+template <typename Kind>
+IndexStats BasicIndex<Kind>::stats() const {
     IndexStats stats;
     for (Tier tier : kTiers) {
         const TierState& from = tiers_[tier];
@@ -48,9 +49,9 @@ IndexStats Index::stats() const {
     return stats;
 }
 
-void Index::check() const {
-    std::array<std::vector<bool>, 2> owned;
-    for (Tier tier : kTiers) owned[tier].assign(tiers_[tier].allocator.total(), false);
+template <typename Kind>
+void BasicIndex<Kind>::check() const {
+    std::array<Census, 2> owned = {Census(tiers_[kGpu].allocator), Census(tiers_[kHost].allocator)};
     size_t live = 0, occupied = 0;
     for (Slot slot = 0; slot < entries_.size(); ++slot) {
         if (!entries_[slot]) continue;
@@ -66,12 +67,12 @@ void Index::check() const {
     check_tickets();
 }
 
-void Index::check_entry(const Entry& entry, std::array<std::vector<bool>, 2>& owned) const {
-    const auto at = table_.find(entry.user);
-    require((at != table_.end() && at->second == &entry) == entry.live, "table", "live and findable disagree" + of(entry));
+template <typename Kind>
+void BasicIndex<Kind>::check_entry(const Entry& entry, std::array<Census, 2>& owned) const {
+    require((table_.find(entry.user) == &entry) == entry.live, "table", "live and findable disagree" + of(entry));
     require(!(entry.load && entry.store), "tickets", "a load shares its user with a store" + of(entry));
     require(entry.pinned() || (entry.live && !entry.empty()), "entries", "should have vanished" + of(entry));
-    const size_t longest = std::max(entry.on[kGpu].tokens, entry.on[kHost].tokens);
+    const int32_t longest = std::max(entry.on[kGpu].tokens, entry.on[kHost].tokens);
     require(entry.chain.size() == longest, "chain", std::to_string(entry.chain.size()) + " long for " + std::to_string(longest) +
                                                         " tokens" + of(entry));
     for (Tier tier : kTiers) {
@@ -83,16 +84,13 @@ void Index::check_entry(const Entry& entry, std::array<std::vector<bool>, 2>& ow
         const bool should_list = entry.live && !holding.pages.empty();
         require(holding.listed == should_list && tiers_[tier].policy->contains(entry.slot) == should_list, "policy",
                 std::string(kTierNames[tier]) + " policy lists the wrong entries" + of(entry));
-        for (int32_t page : holding.pages) {
-            require(page >= 0 && page < tiers_[tier].allocator.total(), kTierNames[tier], "page outside the tier" + of(entry));
-            require(!owned[tier][page], kTierNames[tier], "page " + std::to_string(page) + " is in two places" + of(entry));
-            require(!tiers_[tier].allocator.is_free(page), kTierNames[tier], "page " + std::to_string(page) + " is held and free" + of(entry));
-            owned[tier][page] = true;
-        }
+        const std::string broken = owned[tier].add(holding.pages);
+        require(broken.empty(), kTierNames[tier], broken + of(entry));
     }
 }
 
-void Index::check_tier(Tier tier, const std::vector<bool>& owned) const {
+template <typename Kind>
+void BasicIndex<Kind>::check_tier(Tier tier, const Census& owned) const {
     const TierState& state = tiers_[tier];
     const char* name = kTierNames[tier];
     state.allocator.check();
@@ -105,7 +103,7 @@ void Index::check_tier(Tier tier, const std::vector<bool>& owned) const {
         listed += entry->on[tier].listed;
         if (entry->on[tier].listed) listed_pages += static_cast<int64_t>(entry->on[tier].pages.size());
     }
-    const int64_t held = std::count(owned.begin(), owned.end(), true);
+    const int64_t held = owned.held();
     require(held + state.allocator.free() == state.allocator.total(), name,
             std::to_string(state.allocator.free()) + " free + " + std::to_string(held) + " held is not the total of " +
                 std::to_string(state.allocator.total()) + " pages");
@@ -116,7 +114,8 @@ void Index::check_tier(Tier tier, const std::vector<bool>& owned) const {
             std::string(name) + " policy knows of " + std::to_string(state.policy->pages()) + " pages, not " + std::to_string(listed_pages));
 }
 
-void Index::check_tickets() const {
+template <typename Kind>
+void BasicIndex<Kind>::check_tickets() const {
     size_t pins[3] = {0, 0, 0}, members = 0;
     for (const auto& entry : entries_) {
         if (!entry) continue;
@@ -145,6 +144,7 @@ void Index::check_tickets() const {
             "pins do not match the open tickets");
 }
 
+template <>
 void Index::sabotage(const std::string& what) {
     const auto live = live_entries();
     if (live.empty() || live.front()->on[kGpu].pages.empty())
@@ -157,12 +157,15 @@ void Index::sabotage(const std::string& what) {
     else if (what == "freed page") tiers_[kGpu].allocator.release(gpu.pages.back());
     else if (what == "foreign page") gpu.pages.back() = tiers_[kGpu].allocator.total();
     else if (what == "long tokens") set_tokens(entry, kGpu, gpu.tokens + page_tokens_);
-    else if (what == "short chain") entry.chain.pop_back();
+    else if (what == "short chain") entry.chain.fit(entry.chain.size() - 1);
     else if (what == "unlisted") tiers_[kGpu].policy->remove(entry.slot, false);
     else if (what == "used counter") ++tiers_[kGpu].used;
     else if (what == "stray pin") entry.store = next_ticket_++;
-    else if (what == "unfindable") table_.erase(entry.user);
+    else if (what == "unfindable") table_.remove(entry);
     else throw invalid_argument("what", "'" + what + "' is not a known sabotage");
 }
+
+template class BasicIndex<Hashed>;
+template class BasicIndex<Counted>;
 
 }  // namespace mtserve

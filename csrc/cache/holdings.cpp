@@ -1,27 +1,28 @@
 // How entries gain and lose pages, and how the policies and counters learn of it.
 #include <algorithm>
 
+#include "counted.h"
 #include "index.h"
 
 namespace mtserve {
 
 namespace {
 
+template <typename Entries>
 struct Unpinned final : Policy::Evictable {
-    explicit Unpinned(const std::vector<std::unique_ptr<Entry>>& entries) : entries(entries) {}
+    explicit Unpinned(const Entries& entries) : entries(entries) {}
     bool operator()(Slot slot) const override { return !entries[slot]->pinned(); }
-    const std::vector<std::unique_ptr<Entry>>& entries;
+    const Entries& entries;
 };
-
-Facts facts(const Entry& entry, Tier tier) { return {entry.key, static_cast<int32_t>(entry.on[tier].pages.size())}; }
 
 }  // namespace
 
-Entry& Index::create(std::string_view user) {
+template <typename Kind>
+typename BasicIndex<Kind>::Entry& BasicIndex<Kind>::create(UserView user) {
     auto made = std::make_unique<Entry>();
     Entry& entry = *made;
     entry.user = user;
-    entry.key = xxh64(user.data(), user.size(), 0);
+    entry.key = table_.key(user);
     if (free_slots_.empty()) {
         entry.slot = static_cast<Slot>(entries_.size());
         entries_.push_back(std::move(made));
@@ -30,12 +31,13 @@ Entry& Index::create(std::string_view user) {
         free_slots_.pop_back();
         entries_[entry.slot] = std::move(made);
     }
-    table_.emplace(entry.user, &entry);
+    table_.add(entry);
     return entry;
 }
 
-void Index::erase(Entry& entry) {
-    if (entry.live) table_.erase(entry.user);
+template <typename Kind>
+void BasicIndex<Kind>::erase(Entry& entry) {
+    if (entry.live) table_.remove(entry);
     else --detached_;
     const Slot slot = entry.slot;
     entries_[slot].reset();
@@ -43,9 +45,10 @@ void Index::erase(Entry& entry) {
 }
 
 // Grows the holding to `pages` pages, evicting others where needed; to fewer when no more can be had.
-void Index::acquire(Entry& entry, Tier tier, int32_t pages, double now) {
+template <typename Kind>
+void BasicIndex<Kind>::acquire(Entry& entry, Tier tier, int32_t pages, double now) {
     auto& held = entry.on[tier].pages;
-    PageAllocator& allocator = tiers_[tier].allocator;
+    Allocator& allocator = tiers_[tier].allocator;
     const int64_t missing = static_cast<int64_t>(pages) - static_cast<int64_t>(held.size());
     if (missing > allocator.free()) evict(tier, missing - allocator.free(), now);
     allocator.take(missing, held);
@@ -53,8 +56,9 @@ void Index::acquire(Entry& entry, Tier tier, int32_t pages, double now) {
     else if (missing > 0) tiers_[tier].policy->resize(entry.slot, static_cast<int32_t>(held.size()));
 }
 
-void Index::evict(Tier tier, int64_t shortfall, double now) {
-    const Unpinned evictable(entries_);
+template <typename Kind>
+void BasicIndex<Kind>::evict(Tier tier, int64_t shortfall, double now) {
+    const Unpinned<decltype(entries_)> evictable(entries_);
     while (shortfall > 0) {
         const Slot slot = tiers_[tier].policy->victim(evictable, now);
         if (slot == kNoSlot) return;
@@ -66,14 +70,16 @@ void Index::evict(Tier tier, int64_t shortfall, double now) {
 }
 
 // GPU pages from `kept` on with tokens that the host does not have.
-int64_t Index::unsaved(const Entry& entry, int64_t kept) const {
+template <typename Kind>
+int64_t BasicIndex<Kind>::unsaved(const Entry& entry, int64_t kept) const {
     const int32_t tokens = entry.on[kGpu].tokens, on_host = entry.on[kHost].tokens;
     const int64_t saved = on_host >= tokens ? pages_for(tokens) : on_host / page_tokens_;
     return std::max<int64_t>(0, pages_for(tokens) - std::max(kept, saved));
 }
 
 // What stays is still a prefix, so the user's next request saves what it covers.
-void Index::evict_tail(Entry& victim, Tier tier, int32_t pages, double now) {
+template <typename Kind>
+void BasicIndex<Kind>::evict_tail(Entry& victim, Tier tier, int32_t pages, double now) {
     Holding& holding = victim.on[tier];
     const int64_t kept = static_cast<int64_t>(holding.pages.size()) - pages;
     if (tier == kGpu) unsaved_pages_ += unsaved(victim, kept);
@@ -87,14 +93,16 @@ void Index::evict_tail(Entry& victim, Tier tier, int32_t pages, double now) {
 }
 
 // The user's states are wanted beyond what the GPU has kept of them.
-void Index::note_return(Entry& entry, double now) {
+template <typename Kind>
+void BasicIndex<Kind>::note_return(Entry& entry, double now) {
     if (!entry.lost) return;
     returns_.push_back(std::max(0.0, now - *entry.lost));
     entry.lost.reset();
 }
 
 // A batch of the user begins: one request, however many steps brought its states before.
-void Index::use(Entry& entry, double now) {
+template <typename Kind>
+void BasicIndex<Kind>::use(Entry& entry, double now) {
     for (Tier tier : kTiers) {
         Holding& holding = entry.on[tier];
         if (!holding.listed) continue;
@@ -104,53 +112,61 @@ void Index::use(Entry& entry, double now) {
     }
 }
 
-void Index::refresh(Entry& entry, double now) {
+template <typename Kind>
+void BasicIndex<Kind>::refresh(Entry& entry, double now) {
     for (Tier tier : kTiers)
         if (entry.on[tier].listed) tiers_[tier].policy->refresh(entry.slot, now);
 }
 
-void Index::list(Entry& entry, Tier tier, double now) {
+template <typename Kind>
+void BasicIndex<Kind>::list(Entry& entry, Tier tier, double now) {
     Holding& holding = entry.on[tier];
     if (!entry.live || holding.pages.empty()) return;
-    tiers_[tier].policy->insert(entry.slot, facts(entry, tier), now);
+    tiers_[tier].policy->insert(entry.slot, {entry.key, static_cast<int32_t>(holding.pages.size())}, now);
     holding.listed = true;
     holding.fresh = tier == kGpu && entry.load;
 }
 
-void Index::unlist(Entry& entry, Tier tier, bool evicted) {
+template <typename Kind>
+void BasicIndex<Kind>::unlist(Entry& entry, Tier tier, bool evicted) {
     if (!entry.on[tier].listed) return;
     tiers_[tier].policy->remove(entry.slot, evicted);
     entry.on[tier].listed = false;
 }
 
-void Index::set_tokens(Entry& entry, Tier tier, int32_t tokens) {
+template <typename Kind>
+void BasicIndex<Kind>::set_tokens(Entry& entry, Tier tier, int32_t tokens) {
     Holding& holding = entry.on[tier];
     tiers_[tier].used += pages_for(tokens) - pages_for(holding.tokens);
     tiers_[tier].users += (tokens > 0) - (holding.tokens > 0);
     holding.tokens = tokens;
 }
 
-void Index::fit_chain(Entry& entry) {
-    auto& chain = entry.chain;
-    chain.resize(std::max(entry.on[kGpu].tokens, entry.on[kHost].tokens));
-    if (chain.capacity() > 2 * chain.size() + 64) chain.shrink_to_fit();
+template <typename Kind>
+void BasicIndex<Kind>::fit_chain(Entry& entry) {
+    entry.chain.fit(std::max(entry.on[kGpu].tokens, entry.on[kHost].tokens));
 }
 
 // Gives back the pages beyond the committed tokens. Only where no open ticket may use them.
-void Index::settle(Entry& entry, Tier tier, bool evicted) {
+template <typename Kind>
+void BasicIndex<Kind>::settle(Entry& entry, Tier tier, bool evicted) {
     Holding& holding = entry.on[tier];
     const size_t kept = pages_for(holding.tokens);
     if (holding.pages.size() == kept) return;
-    for (; holding.pages.size() > kept; holding.pages.pop_back()) tiers_[tier].allocator.release(holding.pages.back());
+    Pages::release_behind(holding.pages, kept, tiers_[tier].allocator);
     if (holding.pages.empty()) unlist(entry, tier, evicted);
     else if (holding.listed) tiers_[tier].policy->resize(entry.slot, static_cast<int32_t>(kept));
 }
 
 // Call after closing a ticket (or detaching): the last one settles the entry.
-void Index::unpin(Entry& entry) {
+template <typename Kind>
+void BasicIndex<Kind>::unpin(Entry& entry) {
     if (entry.pinned()) return;
     for (Tier tier : kTiers) settle(entry, tier);
     if (entry.empty()) erase(entry);
 }
+
+template class BasicIndex<Hashed>;
+template class BasicIndex<Counted>;
 
 }  // namespace mtserve

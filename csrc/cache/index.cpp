@@ -5,6 +5,7 @@
 #include <unordered_set>
 #include <utility>
 
+#include "counted.h"
 #include "errors.h"
 
 namespace mtserve {
@@ -12,7 +13,6 @@ namespace mtserve {
 namespace {
 
 constexpr int64_t kMaxPageTokens = 1 << 16;
-constexpr size_t kMaxUserBytes = 256;
 constexpr size_t kMaxBatch = 1 << 16;
 constexpr const char* kCopyNames[] = {"load", "store"};
 
@@ -20,12 +20,6 @@ int32_t checked_page_tokens(int64_t page_tokens) {
     if (page_tokens < 1 || page_tokens > kMaxPageTokens)
         throw invalid_argument("page_tokens", std::to_string(page_tokens) + " is outside 1 to 65536");
     return static_cast<int32_t>(page_tokens);
-}
-
-bool is_user(std::string_view user) { return !user.empty() && user.size() <= kMaxUserBytes; }
-
-Error not_user(std::string field, std::string_view user) {
-    return invalid_argument(std::move(field), std::to_string(user.size()) + " bytes; a user id has 1 to 256");
 }
 
 std::string nth(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
@@ -37,27 +31,34 @@ Error not_open(const char* kind, Ticket ticket, Ticket next) {
 
 }  // namespace
 
-Index::Index(int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy, bool track_freed)
+template <typename Kind>
+BasicIndex<Kind>::BasicIndex(int64_t page_tokens, TierParts gpu, TierParts host, Users users)
     : page_tokens_(checked_page_tokens(page_tokens)),
-      tiers_{TierState(gpu_pages, policy, track_freed), TierState(host_pages, policy, track_freed)} {}
+      tiers_{TierState(std::move(gpu)), TierState(std::move(host))},
+      table_(std::move(users)) {}
 
-const Entry* Index::find(std::string_view user) const {
-    if (!is_user(user)) throw not_user("user", user);
-    const auto at = table_.find(user);
-    return at == table_.end() ? nullptr : at->second;
+template <typename Kind>
+const typename BasicIndex<Kind>::Entry* BasicIndex<Kind>::find(UserView user) const {
+    if (!table_.admits(user)) throw table_.refusal("user", user);
+    return table_.find(user);
 }
 
-Entry* Index::find(std::string_view user) { return const_cast<Entry*>(std::as_const(*this).find(user)); }
+template <typename Kind>
+typename BasicIndex<Kind>::Entry* BasicIndex<Kind>::find(UserView user) {
+    return const_cast<Entry*>(std::as_const(*this).find(user));
+}
 
-Match Index::lookup(std::string_view user, ChainView chain) const {
+template <typename Kind>
+Match BasicIndex<Kind>::lookup(UserView user, View chain) const {
     const Presence found = presence(user, chain);
     return {found.gpu_tokens, found.host_tokens};
 }
 
-Presence Index::presence(std::string_view user, ChainView chain) const {
+template <typename Kind>
+Presence BasicIndex<Kind>::presence(UserView user, View chain) const {
     const Entry* entry = find(user);
     if (!entry) return {};
-    const int32_t shared = common_prefix(entry->view(), chain);
+    const int32_t shared = common_prefix(entry->chain.view(), chain);
     const int32_t arriving = entry->load ? copies_[kGpu].at(entry->load).tokens : 0;
     return {std::min(entry->on[kGpu].tokens, shared), std::min(entry->on[kHost].tokens, shared), std::min(arriving, shared),
             entry->load != 0, entry->batch != 0};
@@ -65,7 +66,8 @@ Presence Index::presence(std::string_view user, ChainView chain) const {
 
 // ---- batches
 
-Ticket Index::begin_batch(const std::vector<BatchItem>& items, const BatchPlan& plan, double now) {
+template <typename Kind>
+Ticket BasicIndex<Kind>::begin_batch(const std::vector<BatchItem>& items, const BatchPlan& plan, double now) {
     const Ticket ticket = next_ticket_++;
     std::vector<Entry*> entries = admit(items, plan.width, ticket);
     Batch& batch = batches_[ticket];
@@ -82,15 +84,16 @@ Ticket Index::begin_batch(const std::vector<BatchItem>& items, const BatchPlan& 
 }
 
 // Every refusal happens here, before anything changed. Returns each user's entry, null for users without one.
-std::vector<Entry*> Index::admit(const std::vector<BatchItem>& items, int32_t width, Ticket ticket) {
+template <typename Kind>
+std::vector<typename BasicIndex<Kind>::Entry*> BasicIndex<Kind>::admit(const std::vector<BatchItem>& items, int32_t width, Ticket ticket) {
     if (items.empty() || items.size() > kMaxBatch)
         throw invalid_argument("users", std::to_string(items.size()) + " users; a batch has 1 to 65536");
     std::vector<Entry*> entries;
     entries.reserve(items.size());
-    std::unordered_set<std::string_view> strangers;
+    std::unordered_set<UserView> strangers;
     for (size_t i = 0; i < items.size(); ++i) {
-        const std::string_view user = items[i].user;
-        if (!is_user(user)) throw not_user(nth("users", i), user);
+        const UserView user = items[i].user;
+        if (!table_.admits(user)) throw table_.refusal(nth("users", i), user);
         if (pages_for(items[i].chain.size) > width)
             throw invalid_argument(nth("chains", i), std::to_string(items[i].chain.size) + " tokens do not fit a row of " +
                                                          std::to_string(width) + " pages of " + std::to_string(page_tokens_));
@@ -105,9 +108,10 @@ std::vector<Entry*> Index::admit(const std::vector<BatchItem>& items, int32_t wi
 }
 
 // A history that differs from the entry's chain was corrected upstream: what follows the common prefix is void.
-void Index::correct(Entry& entry, ChainView chain) {
-    const int32_t shared = common_prefix(entry.view(), chain);
-    if (shared >= std::min(entry.view().size, chain.size)) return;
+template <typename Kind>
+void BasicIndex<Kind>::correct(Entry& entry, View chain) {
+    const int32_t shared = common_prefix(entry.chain.view(), chain);
+    if (shared >= std::min(entry.chain.size(), chain.size)) return;
     ++corrections_;
     for (Tier tier : kTiers) set_tokens(entry, tier, std::min(entry.on[tier].tokens, shared));
     if (entry.on[kGpu].tokens == shared) entry.lost.reset();  // what was evicted is void: nobody will want it
@@ -121,7 +125,8 @@ void Index::correct(Entry& entry, ChainView chain) {
         for (Tier tier : kTiers) settle(entry, tier);
 }
 
-void Index::plan_member(Batch& batch, Entry& entry, ChainView chain, const BatchPlan& plan, size_t row, double now) {
+template <typename Kind>
+void BasicIndex<Kind>::plan_member(Batch& batch, Entry& entry, View chain, const BatchPlan& plan, size_t row, double now) {
     const int32_t wanted = pages_for(chain.size);
     use(entry, now);
     acquire(entry, kGpu, wanted, now);
@@ -132,15 +137,12 @@ void Index::plan_member(Batch& batch, Entry& entry, ChainView chain, const Batch
     plan.cached[row] = std::min(present, chain.size);
     plan.stored[row] = stored;
     if (plan.cached[row] < chain.size) note_return(entry, now);
-    int32_t* ids = plan.page_table + row * static_cast<size_t>(plan.width);
-    std::fill(std::copy_n(pages.begin(), pages_for(stored), ids), ids + plan.width, -1);
-
-    const size_t begin = batch.tails.size();
-    if (stored > entry.view().size) batch.tails.insert(batch.tails.end(), chain.data + entry.chain.size(), chain.data + stored);
-    batch.members.push_back({&entry, stored, begin, batch.tails.size(), true});
+    Pages::write(pages, pages_for(stored), plan.page_table + row * static_cast<size_t>(plan.width), plan.width);
+    batch.members.push_back({&entry, stored, entry.chain.keep(chain, stored, batch.tails), true});
 }
 
-std::vector<std::string> Index::end_batch(Ticket ticket, bool success) {
+template <typename Kind>
+std::vector<typename BasicIndex<Kind>::User> BasicIndex<Kind>::end_batch(Ticket ticket, bool success) {
     const auto at = batches_.find(ticket);
     if (at == batches_.end()) throw not_open("batch", ticket, next_ticket_);
     if (success)
@@ -148,11 +150,11 @@ std::vector<std::string> Index::end_batch(Ticket ticket, bool success) {
             if (member.entry->load) throw failed_precondition("ticket", "a load that the batch was begun over is still open");
     const Batch batch = std::move(at->second);
     batches_.erase(at);
-    std::vector<std::string> spoiled;
+    std::vector<User> spoiled;
     for (const Member& member : batch.members) {
         Entry& entry = *member.entry;
         if (success && member.good && entry.live) {
-            entry.chain.insert(entry.chain.end(), batch.tails.begin() + member.tail_begin, batch.tails.begin() + member.tail_end);
+            entry.chain.append(batch.tails, member.tail);
             set_tokens(entry, kGpu, std::max(entry.on[kGpu].tokens, member.stored));
         }
         if (!member.good) spoiled.push_back(entry.user);
@@ -164,10 +166,11 @@ std::vector<std::string> Index::end_batch(Ticket ticket, bool success) {
 
 // ---- copies between the tiers
 
-CopyPlan Index::begin_load(std::string_view user, ChainView chain, double now) {
+template <typename Kind>
+typename BasicIndex<Kind>::CopyPlan BasicIndex<Kind>::begin_load(UserView user, View chain, double now) {
     Entry* entry = find(user);
     if (!entry || entry->pinned()) return {};
-    const int32_t target = std::min(entry->on[kHost].tokens, common_prefix(entry->view(), chain));
+    const int32_t target = std::min(entry->on[kHost].tokens, common_prefix(entry->chain.view(), chain));
     // With room for what the user's next batch adds: taken then, it would lie elsewhere.
     CopyPlan plan = begin_copy(*entry, kGpu, target, pages_for(chain.size), now);
     if (!plan.ticket) return plan;
@@ -176,29 +179,34 @@ CopyPlan Index::begin_load(std::string_view user, ChainView chain, double now) {
     return plan;
 }
 
-void Index::touch(std::string_view user, double now) {
+template <typename Kind>
+void BasicIndex<Kind>::touch(UserView user, double now) {
     if (Entry* entry = find(user)) refresh(*entry, now);
 }
 
-void Index::grow_host(int64_t pages) {
+template <typename Kind>
+void BasicIndex<Kind>::grow_host(int64_t pages) {
     tiers_[kHost].allocator.grow(pages);
     tiers_[kHost].policy->grow(pages);
 }
 
-CopyPlan Index::begin_store(std::string_view user, bool tail, double now) {
+template <typename Kind>
+typename BasicIndex<Kind>::CopyPlan BasicIndex<Kind>::begin_store(UserView user, bool tail, double now) {
     Entry* entry = find(user);
     if (!entry || entry->load || entry->store) return {};
     const int32_t tokens = entry->on[kGpu].tokens;
     return begin_copy(*entry, kHost, tail ? tokens : tokens / page_tokens_ * page_tokens_, 0, now);
 }
 
-int32_t Index::unsaved_tokens(std::string_view user) const {
+template <typename Kind>
+int32_t BasicIndex<Kind>::unsaved_tokens(UserView user) const {
     const Entry* entry = find(user);
     return entry ? std::max(0, entry->on[kGpu].tokens - entry->on[kHost].tokens) : 0;
 }
 
 // Plans the copy of tokens [what `to` has, target) into `to`, shortened to the room that can be had.
-CopyPlan Index::begin_copy(Entry& entry, Tier to, int32_t target, int32_t wanted, double now) {
+template <typename Kind>
+typename BasicIndex<Kind>::CopyPlan BasicIndex<Kind>::begin_copy(Entry& entry, Tier to, int32_t target, int32_t wanted, double now) {
     const int32_t present = entry.on[to].tokens;
     if (target <= present) return {};
     Ticket& pin = to == kGpu ? entry.load : entry.store;
@@ -212,17 +220,16 @@ CopyPlan Index::begin_copy(Entry& entry, Tier to, int32_t target, int32_t wanted
     }
     copies_[to][pin] = {&entry, target};
     const int32_t first = present / page_tokens_, last = pages_for(target);
-    const auto cut = [&](Tier tier) {
-        const auto pages = entry.on[tier].pages.begin();
-        return std::vector<int32_t>(pages + first, pages + last);
-    };
-    return {pin, present, target, cut(kGpu), cut(kHost)};
+    return {pin, present, target, Pages::cut(entry.on[kGpu].pages, first, last), Pages::cut(entry.on[kHost].pages, first, last)};
 }
 
-void Index::end_load(Ticket ticket, bool success) { end_copy(kGpu, ticket, success); }
-void Index::end_store(Ticket ticket, bool success) { end_copy(kHost, ticket, success); }
+template <typename Kind>
+void BasicIndex<Kind>::end_load(Ticket ticket, bool success) { end_copy(kGpu, ticket, success); }
+template <typename Kind>
+void BasicIndex<Kind>::end_store(Ticket ticket, bool success) { end_copy(kHost, ticket, success); }
 
-void Index::end_copy(Tier to, Ticket ticket, bool success) {
+template <typename Kind>
+void BasicIndex<Kind>::end_copy(Tier to, Ticket ticket, bool success) {
     const auto at = copies_[to].find(ticket);
     if (at == copies_[to].end()) throw not_open(kCopyNames[to], ticket, next_ticket_);
     const Copy copy = at->second;
@@ -238,7 +245,8 @@ void Index::end_copy(Tier to, Ticket ticket, bool success) {
 
 // ---- invalidation
 
-bool Index::invalidate(std::string_view user) {
+template <typename Kind>
+bool BasicIndex<Kind>::invalidate(UserView user) {
     Entry* entry = find(user);
     if (!entry) return false;
     ++invalidated_;
@@ -247,17 +255,21 @@ bool Index::invalidate(std::string_view user) {
         unlist(*entry, tier, false);
     }
     fit_chain(*entry);
-    table_.erase(entry->user);
+    table_.remove(*entry);
     entry->live = false;
     ++detached_;
     unpin(*entry);
     return true;
 }
 
-int64_t Index::invalidate_all() {
+template <typename Kind>
+int64_t BasicIndex<Kind>::invalidate_all() {
     const auto entries = live_entries();
     for (const Entry* entry : entries) invalidate(entry->user);
     return static_cast<int64_t>(entries.size());
 }
+
+template class BasicIndex<Hashed>;
+template class BasicIndex<Counted>;
 
 }  // namespace mtserve

@@ -28,6 +28,9 @@
 //     hold its pages, publish nothing, and the last end_* frees them. A new entry of the user is independent.
 //
 // Single-threaded: one loop owns the index.
+//
+// A template over what users, histories and pages are: what the engine's are (hashed.h), or only numbers of them
+// (counted.h), for a simulator that decides exactly as the engine does and holds no bytes.
 #pragma once
 
 #include <array>
@@ -35,13 +38,11 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
-#include "allocator.h"
-#include "chain.h"
+#include "hashed.h"
 #include "policy.h"
 
 namespace mtserve {
@@ -50,29 +51,6 @@ using Ticket = uint64_t;
 enum Tier { kGpu = 0, kHost = 1 };
 constexpr std::array<Tier, 2> kTiers = {kGpu, kHost};
 constexpr const char* kTierNames[] = {"gpu", "host"};
-
-struct Holding {
-    std::vector<int32_t> pages;
-    int32_t tokens = 0;
-    bool listed = false;  // known to the tier's policy
-    bool fresh = false;   // listed by a load, whose request has had no batch yet
-};
-
-struct Entry {
-    std::string user;
-    uint64_t key = 0;
-    Slot slot = kNoSlot;
-    bool live = true;                          // false: detached by invalidate
-    Ticket batch = 0, load = 0, store = 0;     // open tickets, 0 for none
-    Ticket named = 0;                          // last begin_batch that listed the user
-    std::vector<uint64_t> chain;               // as long as the longer tier's prefix
-    Holding on[2];
-    std::optional<double> lost;                // when GPU pages were first evicted, until they are wanted again
-
-    bool pinned() const { return batch || load || store; }
-    bool empty() const { return on[kGpu].pages.empty() && on[kHost].pages.empty(); }
-    ChainView view() const { return {chain.data(), static_cast<int32_t>(chain.size())}; }
-};
 
 struct Match {
     int32_t gpu_tokens = 0, host_tokens = 0;
@@ -85,24 +63,12 @@ struct Presence {
     bool loading = false, in_batch = false;
 };
 
-struct BatchItem {
-    std::string_view user;
-    ChainView chain;
-};
-
-// Where begin_batch writes its plan: cached [B], stored [B], page_table [B, width].
+// Where begin_batch writes its plan: cached [B], stored [B], page_table [B, width] where pages have ids.
 struct BatchPlan {
     int32_t* cached;
     int32_t* stored;
     int32_t* page_table;
     int32_t width;
-};
-
-// One load or store: pages i of both lists are twins, from page first_token / page_tokens on.
-struct CopyPlan {
-    Ticket ticket = 0;  // 0: nothing to do
-    int32_t first_token = 0, tokens = 0;
-    std::vector<int32_t> gpu_pages, host_pages;
 };
 
 struct TierStats {
@@ -116,31 +82,82 @@ struct IndexStats {
     int64_t corrections = 0, invalidated = 0, unsaved_pages = 0;
 };
 
-class Index {
+// `Kind`: Hashed or Counted.
+template <typename Kind>
+class BasicIndex {
 public:
-    Index(int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy, bool track_freed);
+    using UserView = typename Kind::UserView;
+    using User = typename Kind::User;
+    using Chain = typename Kind::Chain;
+    using View = typename Chain::View;
+    using Pages = typename Kind::Pages;
+    using PageList = typename Pages::List;
+    using Allocator = typename Pages::Allocator;
 
-    Match lookup(std::string_view user, ChainView chain) const;
-    Presence presence(std::string_view user, ChainView chain) const;
-    const Entry* find(std::string_view user) const;
+    struct Holding {
+        PageList pages;
+        int32_t tokens = 0;
+        bool listed = false;  // known to the tier's policy
+        bool fresh = false;   // listed by a load, whose request has had no batch yet
+    };
+
+    struct Entry {
+        User user;
+        uint64_t key = 0;
+        Slot slot = kNoSlot;
+        bool live = true;                       // false: detached by invalidate
+        Ticket batch = 0, load = 0, store = 0;  // open tickets, 0 for none
+        Ticket named = 0;                       // last begin_batch that listed the user
+        Chain chain;                            // as long as the longer tier's prefix
+        Holding on[2];
+        std::optional<double> lost;             // when GPU pages were first evicted, until they are wanted again
+
+        bool pinned() const { return batch || load || store; }
+        bool empty() const { return on[kGpu].pages.empty() && on[kHost].pages.empty(); }
+    };
+    using Users = typename Kind::template Users<Entry>;
+
+    struct BatchItem {
+        UserView user;
+        View chain;
+    };
+
+    // One load or store: pages i of both lists are twins, from page first_token / page_tokens on.
+    struct CopyPlan {
+        Ticket ticket = 0;  // 0: nothing to do
+        int32_t first_token = 0, tokens = 0;
+        PageList gpu_pages, host_pages;
+    };
+
+    // What one tier starts with.
+    struct TierParts {
+        Allocator pages;
+        std::unique_ptr<Policy> policy;
+    };
+
+    BasicIndex(int64_t page_tokens, TierParts gpu, TierParts host, Users users = Users());
+
+    Match lookup(UserView user, View chain) const;
+    Presence presence(UserView user, View chain) const;
+    const Entry* find(UserView user) const;
 
     Ticket begin_batch(const std::vector<BatchItem>& items, const BatchPlan& plan, double now);
     // Returns the users of whom nothing was published because a load that the batch was begun over had failed.
-    std::vector<std::string> end_batch(Ticket ticket, bool success);
-    CopyPlan begin_load(std::string_view user, ChainView chain, double now);
+    std::vector<User> end_batch(Ticket ticket, bool success);
+    CopyPlan begin_load(UserView user, View chain, double now);
     void end_load(Ticket ticket, bool success);
-    CopyPlan begin_store(std::string_view user, bool tail, double now);  // without `tail` full pages only
-    int32_t unsaved_tokens(std::string_view user) const;  // on the GPU and not on the host
+    CopyPlan begin_store(UserView user, bool tail, double now);  // without `tail` full pages only
+    int32_t unsaved_tokens(UserView user) const;  // on the GPU and not on the host
     void grow_host(int64_t pages);
     void end_store(Ticket ticket, bool success);
 
     // The user's states in both tiers are wanted soon: as recent as those just used, but not used once more.
-    void touch(std::string_view user, double now);
-    bool invalidate(std::string_view user);
+    void touch(UserView user, double now);
+    bool invalidate(UserView user);
     int64_t invalidate_all();
 
     std::vector<const Entry*> live_entries() const;
-    std::vector<int32_t> drain_freed(Tier tier) { return tiers_[tier].allocator.drain_freed(); }
+    Allocator& allocator(Tier tier) { return tiers_[tier].allocator; }
     // Seconds from an eviction of GPU pages to the batch or load that wanted them again, for each since the last call.
     // Of users who lost everything in both tiers nothing is known.
     std::vector<double> drain_returns() { return std::exchange(returns_, {}); }
@@ -154,9 +171,8 @@ public:
 
 private:
     struct TierState {
-        TierState(int64_t pages, const std::string& policy_name, bool track_freed)
-            : allocator(pages, track_freed), policy(make_policy(policy_name, pages)) {}
-        PageAllocator allocator;
+        explicit TierState(TierParts parts) : allocator(std::move(parts.pages)), policy(std::move(parts.policy)) {}
+        Allocator allocator;
         std::unique_ptr<Policy> policy;
         int64_t used = 0;   // committed pages
         int64_t users = 0;  // live entries with committed tokens
@@ -165,12 +181,12 @@ private:
     struct Member {
         Entry* entry;
         int32_t stored;
-        size_t tail_begin, tail_end;  // what success appends to the chain, in Batch::tails
-        bool good;                    // false once a load that it was begun over has failed
+        typename Chain::Tail tail;  // what success appends to the chain, in Batch::tails
+        bool good;                  // false once a load that it was begun over has failed
     };
     struct Batch {
         std::vector<Member> members;
-        std::vector<uint64_t> tails;
+        typename Chain::Tails tails;
     };
     struct Copy {
         Entry* entry;
@@ -179,13 +195,13 @@ private:
     using Copies = std::unordered_map<Ticket, Copy>;
 
     int32_t pages_for(int64_t tokens) const { return static_cast<int32_t>((tokens + page_tokens_ - 1) / page_tokens_); }
-    Entry* find(std::string_view user);
-    Entry& create(std::string_view user);
+    Entry* find(UserView user);
+    Entry& create(UserView user);
     void erase(Entry& entry);
 
     std::vector<Entry*> admit(const std::vector<BatchItem>& items, int32_t width, Ticket ticket);
-    void correct(Entry& entry, ChainView chain);
-    void plan_member(Batch& batch, Entry& entry, ChainView chain, const BatchPlan& plan, size_t row, double now);
+    void correct(Entry& entry, View chain);
+    void plan_member(Batch& batch, Entry& entry, View chain, const BatchPlan& plan, size_t row, double now);
     // `wanted`: pages to have, where more than the copy fills.
     CopyPlan begin_copy(Entry& entry, Tier to, int32_t target, int32_t wanted, double now);
     void end_copy(Tier to, Ticket ticket, bool success);
@@ -204,15 +220,17 @@ private:
     void settle(Entry& entry, Tier tier, bool evicted = false);
     void unpin(Entry& entry);
 
-    void check_entry(const Entry& entry, std::array<std::vector<bool>, 2>& owned) const;
-    void check_tier(Tier tier, const std::vector<bool>& owned) const;
+    using Census = typename Pages::Census;
+    void check_entry(const Entry& entry, std::array<Census, 2>& owned) const;
+    void check_tier(Tier tier, const Census& owned) const;
+    static std::string of(const Entry& entry) { return " (user '" + Users::text(entry.user) + "')"; }
     void check_tickets() const;
 
     int32_t page_tokens_;
     TierState tiers_[2];
     std::vector<std::unique_ptr<Entry>> entries_;  // by slot
     std::vector<Slot> free_slots_;
-    std::unordered_map<std::string_view, Entry*> table_;  // keys point into the entries; live ones only
+    Users table_;  // live entries only
     Ticket next_ticket_ = 1;
     std::unordered_map<Ticket, Batch> batches_;
     Copies copies_[2];  // by destination: loads to kGpu, stores to kHost
@@ -220,5 +238,7 @@ private:
     int64_t detached_ = 0, corrections_ = 0, invalidated_ = 0;
     int64_t unsaved_pages_ = 0;  // evicted from the GPU with tokens that the host did not have
 };
+
+using Index = BasicIndex<Hashed>;
 
 }  // namespace mtserve
