@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../plan/bindings.h"
+#include "../simulate/bindings.h"
 #include "../transfer/bindings.h"
 #include "allocator.h"
 #include "buffers.h"
@@ -285,6 +286,7 @@ NB_MODULE(_core, module) {
     bind_allocator(module);
     bind_index(module);
     bind_policy(module);
+    bind_simulation(module);
     bind_attention_work(module);
     bind_batch_layout(module);
     bind_transfer(module);
