@@ -1,5 +1,5 @@
-"""The C++ core: the tiered index, what plans a batch, and host memory. Names with an underscore are reached through the modules
-that document them: `mtserve.cache.index`, `mtserve.kernels.attention.work`, `mtserve.engine.planner`.
+"""The C++ core: the tiered index, what plans a batch, a simulation of the tiers, and host memory. Names with an
+underscore are reached through the modules that document them: `mtserve.cache.index`, `mtserve.kernels.attention.work`, `mtserve.engine.planner`.
 
 Every function raises `mtserve.errors.InvalidArgument` on a malformed argument.
 """
@@ -107,6 +107,36 @@ class _Policy:
     def __len__(self) -> int: ...
     @property
     def pages(self) -> int: ...
+    def check(self) -> None: ...
+
+_SimulatedTier = tuple[int, int, int, int, int]  # the fields of mtserve.trace.simulation.TierCounters
+
+class _Simulation:
+    """The tiers of an engine with counts for states; see mtserve/trace/simulation.py and csrc/simulate/simulation.h."""
+
+    def __init__(
+        self,
+        page_tokens: int,
+        gpu_pages: int,
+        host_pages: int,
+        policy: str,
+        users: int,
+        keys: npt.NDArray[np.uint64] | None = None,
+    ) -> None: ...
+    def run(
+        self,
+        users: npt.NDArray[np.int32],
+        t_s: npt.NDArray[np.float64],
+        tokens: npt.NDArray[np.int32],
+        generations: npt.NDArray[np.int32],
+        tokens_after: npt.NDArray[np.int32],
+        generations_after: npt.NDArray[np.int32],
+        gpu_tokens: npt.NDArray[np.int32],
+        host_tokens: npt.NDArray[np.int32],
+    ) -> None:
+        """The next N requests, [N] each; the last two are written. InvalidArgument, and no change, for what is no request."""
+
+    def stats(self) -> tuple[_SimulatedTier, _SimulatedTier, int, int, int, int, int, int, int]: ...
     def check(self) -> None: ...
 
 class PageAllocator:

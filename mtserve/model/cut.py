@@ -14,6 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from mtserve.config import ModelConfig
 
 
@@ -27,6 +30,19 @@ class Cut:
 
     @property
     def kept(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The cuts of N histories: int64 [N] each, as in Cut."""
+
+    start: npt.NDArray[np.int64]
+    static_end: npt.NDArray[np.int64]
+    end: npt.NDArray[np.int64]
+
+    @property
+    def kept(self) -> npt.NDArray[np.int64]:
         return self.end - self.start
 
 
@@ -48,3 +64,14 @@ def cut_history(position: int, config: ModelConfig, first: int = 0) -> Cut:
         return Cut(start, start, position)
     folded = (position - 1) // config.max_realtime * config.max_realtime if position else 0
     return Cut(start, max(start, folded), position)
+
+
+def cut_histories(positions: npt.NDArray[np.int64], config: ModelConfig) -> Cuts:
+    """`cut_history` of each of `positions` [N], of which nothing is gone."""
+    step = recut_step(config)
+    over = np.maximum(0, positions - config.max_history)
+    start = -(-over // step) * step
+    if not config.static_history:
+        return Cuts(start, start, positions)
+    folded = np.maximum(0, positions - 1) // config.max_realtime * config.max_realtime
+    return Cuts(start, np.maximum(start, folded), positions)

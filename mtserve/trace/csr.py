@@ -30,6 +30,16 @@ def rank_in_group(sorted_groups: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return index - np.maximum.accumulate(np.where(starts, index, 0))
 
 
+def earlier_in_group(groups: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """int64 [n]: entry i is the sum of the entries before i that are of the same group."""
+    order = np.argsort(groups, kind="stable")
+    sums = exclusive_sums(values[order])
+    sums -= sums[np.arange(len(order)) - rank_in_group(groups[order])]
+    result = np.empty(len(order), dtype=np.int64)
+    result[order] = sums
+    return result
+
+
 def gather(offsets: npt.NDArray[np.int64], rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Positions in the flat values of the given rows, one row after the other."""
     lengths = np.diff(offsets)[rows]

@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from mtserve.engine.stopwatch import PHASES
 from mtserve.errors import FailedPrecondition, InvalidArgument
+from mtserve.trace.hits import TIER_NAMES, hit_ratio
 from mtserve.trace.replay import ReplayResult
-from mtserve.trace.run_log import TIER_NAMES, RunLog
-from mtserve.trace.summary import hit_ratio, summarise, time_spent
+from mtserve.trace.run_log import RunLog
+from mtserve.trace.summary import summarise, time_spent
 from mtserve.units import format_bytes
 
 GPU, HOST, ENCODED, BASELINE, INK = "#2a6fbb", "#e39b3b", "#c9ced6", "#8a929e", "#22262b"

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mtserve.trace.hits import TIER_NAMES
 from mtserve.trace.schema import Ints
 from mtserve.types import ScoreResult
 
-TIER_NAMES = ("cold", "host", "gpu")
 UNANSWERED = -1
 
 

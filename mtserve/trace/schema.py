@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mtserve.config import Config, option
 from mtserve.errors import InvalidArgument
-from mtserve.trace.csr import exclusive_sums, rank_in_group
+from mtserve.trace.csr import earlier_in_group
 from mtserve.types import MAX_USER_ID_BYTES
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -171,12 +171,7 @@ class Trace:
 
     def prefix_lengths(self) -> Ints:
         """[N] behaviours each request's user has at that request: the history and every earlier click."""
-        order = np.argsort(self.user, kind="stable")
-        before = exclusive_sums(self.clicked_lengths[order])
-        before -= before[np.arange(len(order)) - rank_in_group(self.user[order])]
-        lengths = np.empty(self.requests, dtype=np.int64)
-        lengths[order] = before
-        return lengths + self.history_lengths[self.user]
+        return earlier_in_group(self.user, self.clicked_lengths) + self.history_lengths[self.user]
 
     def first(self, requests: int) -> Trace:
         """The trace cut after its first `requests` requests; all users stay."""

@@ -12,10 +12,10 @@ from mtserve.engine.stopwatch import PHASES
 from mtserve.engine.transfers import DIRECTIONS
 from mtserve.metrics import GROUPS
 from mtserve.provenance import stamp
-from mtserve.trace.csr import rank_in_group
+from mtserve.trace.hits import asked_before, hit_ratio
 from mtserve.trace.meta import meta_to_dict
 from mtserve.trace.replay import ReplayResult
-from mtserve.trace.run_log import TIER_NAMES, RunLog
+from mtserve.trace.run_log import RunLog
 from mtserve.trace.schema import Trace
 
 DEFINITIONS = {
@@ -42,26 +42,9 @@ DEFINITIONS = {
 }
 
 
-def hit_ratio(run: RunLog, among: npt.NDArray[np.bool_] | None = None) -> dict[str, dict[str, float]]:
-    """By request and by token, per tier and in total; `among` [N] picks requests."""
-    picked = run.done if among is None else run.done & among
-    requests, tokens = max(1, int(picked.sum())), max(1, int(run.prefix_tokens[picked].sum()))
-    by_request = {
-        name: float((run.tier[picked] == TIER_NAMES.index(name)).sum()) / requests for name in ("gpu", "host")
-    }
-    by_token = {"gpu": int(run.gpu_tokens[picked].sum()) / tokens, "host": int(run.host_tokens[picked].sum()) / tokens}
-    return {
-        "request": {**by_request, "total": sum(by_request.values())},
-        "token": {**by_token, "total": sum(by_token.values())},
-    }
-
-
 def repeats(trace: Trace, requests: int) -> npt.NDArray[np.bool_]:
     """[requests] whether a request's user has asked before in this trace."""
-    order = np.argsort(trace.user[:requests], kind="stable")
-    result = np.empty(requests, dtype=np.bool_)
-    result[order] = rank_in_group(trace.user[:requests][order]) > 0
-    return result
+    return asked_before(trace.user[:requests])
 
 
 def summarise(result: ReplayResult) -> dict[str, Any]:

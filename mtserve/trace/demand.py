@@ -1,0 +1,113 @@
+"""What a trace asks of the cache: whose prefix each request needs and how long it is, without any row of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mtserve.cache.keys import digest
+from mtserve.config import ModelConfig
+from mtserve.errors import InvalidArgument
+from mtserve.model.cut import Cuts, cut_histories
+from mtserve.trace.csr import earlier_in_group
+from mtserve.trace.schema import SmallInts, Trace
+
+MAX_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Demand:
+    """N requests of `users` users in order of time, of one model. Arrays are read-only.
+
+    A prefix is the user's U features, S and R. A new cut of a history is a new generation: prefixes of two generations
+    have no states in common. Columns with `after` say what the history has become when the request is over and its
+    clicks were appended: nothing else changes one, so they are what the user's next request finds.
+    Raises InvalidArgument naming the column at fault.
+    """
+
+    users: int
+    user: SmallInts  # int32 [N], below users
+    t_s: npt.NDArray[np.float64]  # [N] seconds since the epoch, never decreasing
+    tokens: SmallInts  # int32 [N] of the prefix
+    generation: SmallInts  # int32 [N] of the user: rises with every cut
+    tokens_after: SmallInts  # int32 [N]
+    generation_after: SmallInts  # int32 [N]
+    candidates: SmallInts  # int32 [N]
+    keys: npt.NDArray[np.uint64] | None = (
+        None  # [users] hashes of the user ids, as in an engine's index; None: of numbers
+    )
+
+    def __post_init__(self) -> None:
+        for name, dtype in _DTYPES.items():
+            values = getattr(self, name)
+            if values is None and name == "keys":
+                continue
+            object.__setattr__(
+                self, name, _column(name, values, dtype, self.users if name == "keys" else len(self.user))
+            )
+        if not 0 <= self.users < 2**31:
+            raise InvalidArgument(f"{self.users} is outside 0 to 2^31 - 1", field="users")
+        if self.requests and not 0 <= self.user.min() <= self.user.max() < self.users:
+            raise InvalidArgument(f"has numbers outside 0 to {self.users - 1}", field="user")
+        if not np.isfinite(self.t_s).all() or (np.diff(self.t_s) < 0).any():
+            raise InvalidArgument("must be finite and never decrease", field="t_s")
+        for name in ("tokens", "tokens_after"):
+            values = getattr(self, name)
+            if self.requests and not 0 <= values.min() <= values.max() <= MAX_TOKENS:
+                raise InvalidArgument(f"has numbers outside 0 to {MAX_TOKENS}", field=name)
+
+    @property
+    def requests(self) -> int:
+        """How many requests there are."""
+        return len(self.user)
+
+    def first(self, requests: int) -> Demand:
+        """Its first `requests` requests; all users stay."""
+        if not 0 <= requests <= self.requests:
+            raise InvalidArgument(f"{requests} is outside 0 to {self.requests}", field="requests")
+        columns = {name: getattr(self, name)[:requests] for name in _DTYPES if name != "keys"}
+        return Demand(self.users, keys=self.keys, **columns)
+
+    def working_set_pages(self, page_tokens: int) -> int:
+        """Pages that hold the states of every user who asks, after the last request, as `mtserve.trace.working_set`."""
+        tokens = np.zeros(self.users, dtype=np.int64)
+        tokens[self.user] = self.tokens_after  # of a user's requests the last is assigned last
+        return int((-(-tokens // page_tokens)).sum())
+
+
+_DTYPES: dict[str, Any] = {
+    **dict.fromkeys(("user", "tokens", "generation", "tokens_after", "generation_after", "candidates"), np.int32),
+    "t_s": np.float64,
+    "keys": np.uint64,
+}
+
+
+def _column(name: str, values: Any, dtype: Any, rows: int) -> npt.NDArray[Any]:
+    if values.dtype != dtype or values.shape != (rows,):
+        expected = f"expected {np.dtype(dtype)} [{rows}]"
+        raise InvalidArgument(f"{expected}, got {values.dtype} {list(values.shape)}", field=name)
+    column: npt.NDArray[Any] = np.ascontiguousarray(values).view()
+    column.flags.writeable = False
+    return column
+
+
+def demand_of(trace: Trace, model: ModelConfig, user_tokens: int) -> Demand:
+    """The demand of `trace` on a model of `user_tokens` U features."""
+    positions = trace.prefix_lengths()
+    before, after = cut_histories(positions, model), cut_histories(positions + trace.clicked_lengths, model)
+    cut = (before.start != after.start) | (before.static_end != after.static_end)
+    generation = earlier_in_group(trace.user, cut)
+    return Demand(
+        trace.users, trace.user, trace.t_ms / 1000,
+        _tokens(before, user_tokens), generation.astype(np.int32),
+        _tokens(after, user_tokens), (generation + cut).astype(np.int32),
+        trace.cand_lengths.astype(np.int32),
+        np.fromiter((digest(user.encode()) for user in trace.user_ids), np.uint64, trace.users),
+    )  # fmt: skip
+
+
+def _tokens(cuts: Cuts, user_tokens: int) -> SmallInts:
+    return (user_tokens + cuts.kept).astype(np.int32)
