@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import small_config
 
 from mtserve.config import ModelConfig
-from mtserve.model.cut import Cut, cut_history, recut_step
+from mtserve.model.cut import Cut, cut_histories, cut_history, recut_step
 
 
 @st.composite
@@ -72,3 +73,17 @@ def test_a_history_cut_by_hand() -> None:
         assert cut_history(position, config) == Cut(start, static_end, position)
     causal = small_config(max_history=40, max_realtime=10, static_history=False, history_low_water=0.5)
     assert cut_history(41, causal) == Cut(20, 20, 41)
+
+
+@given(config=configs())
+def test_many_at_once_are_cut_alike(config: ModelConfig) -> None:
+    positions = np.arange(4 * config.max_history)
+    cuts = cut_histories(positions, config)
+    for position in positions.tolist():
+        cut = cut_history(position, config)
+        assert (cuts.start[position], cuts.static_end[position], cuts.end[position]) == (
+            cut.start,
+            cut.static_end,
+            cut.end,
+        )
+        assert cuts.kept[position] == cut.kept
