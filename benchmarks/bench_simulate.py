@@ -28,6 +28,7 @@ from mtserve import provenance
 from mtserve._core import _Simulation, policy_names
 from mtserve.trace.csr import earlier_in_group
 from mtserve.trace.demand import Demand
+from mtserve.trace.simulation import BatchLimits
 
 PAGE_TOKENS = 32
 CLICKS = 3  # tokens that each request adds
@@ -49,9 +50,10 @@ def make_demand(requests: int, users: int, skew: float, seed: int) -> Demand:
     def tokens(asked: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         return lengths[user] + CLICKS * (asked % GENERATION_REQUESTS)
 
+    candidates, nothing = np.full(requests, 100, np.int32), np.zeros(requests, np.int32)
     return Demand(
-        users, user, np.arange(requests) / 100, tokens(asked), asked // GENERATION_REQUESTS,
-        tokens(asked + 1), (asked + 1) // GENERATION_REQUESTS, np.full(requests, 100, np.int32),
+        users, user, np.arange(requests) / 100, candidates, tokens(asked), asked // GENERATION_REQUESTS, nothing,
+        tokens(asked + 1), (asked + 1) // GENERATION_REQUESTS, nothing,
     )  # fmt: skip
 
 
@@ -65,13 +67,10 @@ def measure(policy: str, requests: int, users: int, skew: float, seed: int) -> d
     before = resident_bytes()
     start = time.perf_counter()
     gpu_pages, host_pages = int(pages * GPU_SHARE), int(pages * HOST_SHARE)
-    simulation = _Simulation(PAGE_TOKENS, gpu_pages, host_pages, policy, users, None)
+    simulation = _Simulation(PAGE_TOKENS, gpu_pages, host_pages, policy, *BatchLimits(), users, None)
     for first in range(0, requests, BLOCK):
         part = slice(first, first + BLOCK)
-        simulation.run(
-            demand.user[part], demand.t_s[part], demand.tokens[part], demand.generation[part],
-            demand.tokens_after[part], demand.generation_after[part], gpu[part], host[part],
-        )  # fmt: skip
+        simulation.run(demand.t_s[part], demand.counts(part), gpu[part], host[part])
         print(f"\r{policy}: {min(first + BLOCK, requests):,} of {requests:,} requests", end="", file=sys.stderr)
     seconds = time.perf_counter() - start
     print(file=sys.stderr)

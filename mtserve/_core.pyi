@@ -120,23 +120,25 @@ class _Simulation:
         gpu_pages: int,
         host_pages: int,
         policy: str,
+        batch_tokens: int,
+        cold_batch_tokens: int,
+        cold_after: int,
         users: int,
-        keys: npt.NDArray[np.uint64] | None = None,
+        keys: npt.NDArray[np.uint64] | None,
     ) -> None: ...
     def run(
         self,
-        users: npt.NDArray[np.int32],
         t_s: npt.NDArray[np.float64],
-        tokens: npt.NDArray[np.int32],
-        generations: npt.NDArray[np.int32],
-        tokens_after: npt.NDArray[np.int32],
-        generations_after: npt.NDArray[np.int32],
+        columns: Sequence[npt.NDArray[np.int32]],
         gpu_tokens: npt.NDArray[np.int32],
         host_tokens: npt.NDArray[np.int32],
     ) -> None:
-        """The next N requests, [N] each; the last two are written. InvalidArgument, and no change, for what is no request."""
+        """The next N requests, [N] each; the last two are written. InvalidArgument, and no change, for what is no request.
 
-    def stats(self) -> tuple[_SimulatedTier, _SimulatedTier, int, int, int, int, int, int, int]: ...
+        `columns`: users, candidates, tokens, generations, frozen, tokens_after, generations_after and frozen_after.
+        """
+
+    def stats(self) -> tuple[_SimulatedTier, _SimulatedTier, int, int, int, int, int, int, int, int]: ...
     def check(self) -> None: ...
 
 class PageAllocator:

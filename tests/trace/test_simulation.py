@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,15 +17,17 @@ from mtserve.trace import simulation
 from mtserve.trace.demand import Demand
 from mtserve.trace.features import splitmix64
 from mtserve.trace.hits import asked_before
-from mtserve.trace.simulation import SimulatedRun, simulate
+from mtserve.trace.simulation import BatchLimits, SimulatedRun, simulate
 
 
 def make_demand(users: int, rows: list[tuple[int, int, int, int, int]]) -> Demand:
     """`rows`: user, tokens, generation, tokens after and generation after of each request."""
     table = np.array(rows, dtype=np.int32).reshape(-1, 5)
     user, tokens, generation, tokens_after, generation_after = table.T
-    t_s = np.arange(len(table), dtype=np.float64)
-    return Demand(users, user, t_s, tokens, generation, tokens_after, generation_after, np.ones_like(user))
+    t_s, nothing = np.arange(len(table), dtype=np.float64), np.zeros(len(table), dtype=np.int32)
+    return Demand(
+        users, user, t_s, nothing, tokens, generation, nothing, tokens_after, generation_after, nothing
+    )  # fmt: skip
 
 
 def steady(*requests: tuple[int, int]) -> Demand:
@@ -167,20 +168,14 @@ def test_lru_is_what_a_plain_model_says(demand: Demand, page_tokens: int, gpu_pa
 def test_every_structure_holds_after_every_block_and_blocks_change_nothing(
     demand: Demand, policy: str, block: int
 ) -> None:
-    core = _Simulation(3, 9, 14, policy, demand.users)
+    core = _Simulation(3, 9, 14, policy, *BatchLimits(), demand.users, None)
     gpu, host = (np.empty(demand.requests, dtype=np.int32) for _ in range(2))
     for first in range(0, demand.requests, block):
         part = slice(first, first + block)
-        core.run(*(column[part] for column in _columns(demand)), gpu[part], host[part])
+        core.run(demand.t_s[part], demand.counts(part), gpu[part], host[part])
         core.check()
     whole = simulate(demand, policy=policy, gpu_pages=9, host_pages=14, page_tokens=3)
     assert found(whole) == list(zip(gpu.tolist(), host.tolist(), strict=True))
-
-
-def _columns(demand: Demand) -> tuple[npt.NDArray[Any], ...]:
-    return (
-        demand.user, demand.t_s, demand.tokens, demand.generation, demand.tokens_after, demand.generation_after
-    )  # fmt: skip
 
 
 def test_progress_is_told_of_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,22 +204,35 @@ def test_keys_decide_where_a_policy_hashes_them() -> None:
     assert found(runs[0]) != found(runs[1])
 
 
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+def test_times_that_go_back_change_nothing(value: float) -> None:
+    core, demand = small_core(), steady((0, 8), (1, 8))
+    t_s, out = np.array([0.0, value]), np.zeros((2, 2), dtype=np.int32)
+    with pytest.raises(InvalidArgument) as caught:
+        core.run(t_s, demand.counts(slice(None)), *out)
+    assert caught.value.field == "t_s[1]"
+    assert core.stats()[2] == core.stats()[0][1] == 0
+
+
 @pytest.mark.parametrize(
     ("column", "value", "field"),
     [
-        (0, 6, "users[1]"), (0, -1, "users[1]"), (1, -1.0, "t_s[1]"), (1, np.nan, "t_s[1]"), (1, np.inf, "t_s[1]"),
-        (2, -1, "tokens[1]"), (2, 2**24 + 1, "tokens[1]"), (4, -1, "tokens_after[1]"),
+        (0, 6, "users[1]"), (0, -1, "users[1]"), (1, -1, "candidates[1]"), (2, -1, "tokens[1]"), (4, -1, "frozen[1]"),
+        (2, 2**24 + 1, "tokens[1]"), (5, -1, "tokens_after[1]"), (7, -1, "frozen_after[1]"),
     ],
 )  # fmt: skip
-def test_a_block_with_a_broken_request_changes_nothing(column: int, value: float, field: str) -> None:
-    core = _Simulation(4, 8, 8, "lru", 6)
-    columns = [each.copy() for each in _columns(steady((0, 8), (1, 8)))]
+def test_a_block_with_a_broken_request_changes_nothing(column: int, value: int, field: str) -> None:
+    core, demand = small_core(), steady((0, 8), (1, 8))
+    columns, out = [each.copy() for each in demand.counts(slice(None))], np.zeros((2, 2), dtype=np.int32)
     columns[column][1] = value
-    out = np.zeros((2, 2), dtype=np.int32)
     with pytest.raises(InvalidArgument) as caught:
-        core.run(*columns, *out)
+        core.run(demand.t_s, columns, *out)
     assert caught.value.field == field
     assert core.stats()[2] == core.stats()[0][1] == 0
+
+
+def small_core() -> _Simulation:
+    return _Simulation(4, 8, 8, "lru", *BatchLimits(), 6, None)
 
 
 def test_what_an_index_or_a_tier_refuses() -> None:
@@ -234,14 +242,22 @@ def test_what_an_index_or_a_tier_refuses() -> None:
         with pytest.raises(InvalidArgument) as caught:
             simulate(demand, **{**sizes, field: value})
         assert caught.value.field in (field, "pages")
+    with pytest.raises(InvalidArgument, match="cold_after"):
+        simulate(demand, **sizes, limits=BatchLimits(cold_after=0))
     with pytest.raises(InvalidArgument, match="users"):
-        _Simulation(4, 1, 1, "lru", -1)
+        _Simulation(4, 1, 1, "lru", *BatchLimits(), -1, None)
     with pytest.raises(InvalidArgument, match="keys"):
-        _Simulation(4, 1, 1, "lru", 3, np.zeros(2, dtype=np.uint64))
-    core = _Simulation(4, 1, 1, "lru", 9)
-    columns, out = list(_columns(demand)), np.zeros((2, 1), dtype=np.int32)
-    for place in range(len(columns)):
-        wrong = [*columns]
-        wrong[place] = columns[place].astype(np.int64)
-        with pytest.raises(InvalidArgument, match="array"):
-            core.run(*wrong, *out)
+        _Simulation(4, 1, 1, "lru", *BatchLimits(), 3, np.zeros(2, dtype=np.uint64))
+
+
+def test_columns_of_other_types_or_lengths_are_refused() -> None:
+    core, demand = small_core(), steady((0, 8))
+    columns, out = demand.counts(slice(None)), np.zeros((2, 1), dtype=np.int32)
+    for place, column in enumerate(columns):
+        for wrong in (column.astype(np.int64), np.zeros(2, dtype=np.int32)):
+            with pytest.raises(InvalidArgument, match="int32 array"):
+                core.run(demand.t_s, [*columns[:place], wrong, *columns[place + 1 :]], *out)
+    with pytest.raises(InvalidArgument, match="float64"):
+        core.run(demand.t_s.astype(np.float32), columns, *out)
+    with pytest.raises(InvalidArgument, match="8 columns"):
+        core.run(demand.t_s, columns[:-1], *out)
