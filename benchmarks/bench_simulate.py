@@ -67,10 +67,10 @@ def measure(policy: str, requests: int, users: int, skew: float, seed: int) -> d
     before = resident_bytes()
     start = time.perf_counter()
     gpu_pages, host_pages = int(pages * GPU_SHARE), int(pages * HOST_SHARE)
-    simulation = _Simulation(PAGE_TOKENS, gpu_pages, host_pages, policy, *BatchLimits(), users, None)
+    simulation = _Simulation(PAGE_TOKENS, gpu_pages, host_pages, policy, *BatchLimits(), users, None, None)
     for first in range(0, requests, BLOCK):
         part = slice(first, first + BLOCK)
-        simulation.run(demand.t_s[part], demand.counts(part), gpu[part], host[part])
+        simulation.run(demand.t_s[part], demand.counts(part), gpu[part], host[part], None)
         print(f"\r{policy}: {min(first + BLOCK, requests):,} of {requests:,} requests", end="", file=sys.stderr)
     seconds = time.perf_counter() - start
     print(file=sys.stderr)

@@ -1,5 +1,4 @@
-
-        `next_s`, needed with `habits`: when each user asks next for the states that its request leaves, else infinity."""The C++ core: the tiered index, what plans a batch, a simulation of the tiers, and host memory. Names with an
+"""The C++ core: the tiered index, what plans a batch, a simulation of the tiers, and host memory. Names with an
 underscore are reached through the modules that document them: `mtserve.cache.index`, `mtserve.kernels.attention.work`, `mtserve.engine.planner`.
 
 Every function raises `mtserve.errors.InvalidArgument` on a malformed argument.
@@ -172,15 +171,19 @@ class _Simulation:
         cold_after: int,
         users: int,
         keys: npt.NDArray[np.uint64] | None,
-    ) -> None: ...
+        habits: _TraceOracle | None,
+    ) -> None:
+        """`habits`: for the policies of `oracle_policy_names`, of users by number; `keys` are None then."""
+
     def run(
         self,
         t_s: npt.NDArray[np.float64],
         columns: Sequence[npt.NDArray[np.int32]],
         gpu_tokens: npt.NDArray[np.int32],
         host_tokens: npt.NDArray[np.int32],
+        next_s: npt.NDArray[np.float64] | None,
     ) -> None:
-        """The next N requests, [N] each; the last two are written. InvalidArgument, and no change, for what is no request.
+        """The next N requests, [N] each; gpu_tokens and host_tokens are written. InvalidArgument, and no change, for what is no request.
 
         `columns`: users, candidates, tokens, generations, frozen, tokens_after, generations_after and frozen_after.
         `next_s`, needed with `habits`: when each user asks next for the states that its request leaves, else infinity.

@@ -5,8 +5,10 @@
 
 #include <deque>
 #include <iterator>
+#include <optional>
 
 #include "../cache/buffers.h"
+#include "../cache/policies/trace_oracle.h"
 #include "simulation.h"
 
 namespace nb = nanobind;
@@ -36,7 +38,8 @@ std::vector<uint64_t> keys_of(nb::handle keys) {
 constexpr const char* kCounts[] = {"users",  "candidates",   "tokens",            "generations",
                                    "frozen", "tokens_after", "generations_after", "frozen_after"};
 
-void run(Simulation& simulation, nb::handle t_s, nb::sequence columns, nb::handle gpu_tokens, nb::handle host_tokens) {
+void run(Simulation& simulation, nb::handle t_s, nb::sequence columns, nb::handle gpu_tokens, nb::handle host_tokens,
+         nb::handle next_s) {
     const Buffer time(t_s, "t_s", PyBUF_FORMAT), gpu(gpu_tokens, "gpu_tokens", PyBUF_FORMAT | PyBUF_WRITABLE),
         host(host_tokens, "host_tokens", PyBUF_FORMAT | PyBUF_WRITABLE);
     const int64_t size = time.rank() == 1 ? time.extent(0) : 0;
@@ -48,8 +51,12 @@ void run(Simulation& simulation, nb::handle t_s, nb::sequence columns, nb::handl
         held.emplace_back(nb::object(columns[i]), kCounts[i], PyBUF_FORMAT);
         counts[i] = column<int32_t>(held.back(), kCounts[i], size);
     }
-    const RequestColumns requests{size,      counts[0], column<double>(time, "t_s", size), counts[1], counts[2], counts[3],
-                                  counts[4], counts[5], counts[6],                         counts[7]};
+    std::optional<Buffer> next;
+    if (!next_s.is_none()) next.emplace(next_s, "next_s", PyBUF_FORMAT);
+    const RequestColumns requests{size,      counts[0], column<double>(time, "t_s", size),
+                                  counts[1], counts[2], counts[3],
+                                  counts[4], counts[5], counts[6],
+                                  counts[7], next ? column<double>(*next, "next_s", size) : nullptr};
     int32_t *const gpu_out = column<int32_t>(gpu, "gpu_tokens", size), *const host_out = column<int32_t>(host, "host_tokens", size);
     nb::gil_scoped_release unlocked;
     simulation.run(requests, gpu_out, host_out);
@@ -70,13 +77,14 @@ void bind_simulation(nb::module_& module) {
     nb::class_<Simulation>(module, "_Simulation")
         .def("__init__",
              [](Simulation* simulation, int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy,
-                int64_t batch_tokens, int64_t cold_batch_tokens, int64_t cold_after, int64_t users, nb::object keys) {
+                int64_t batch_tokens, int64_t cold_batch_tokens, int64_t cold_after, int64_t users, nb::object keys,
+                const TraceOracle* habits) {
                  const BatchLimits limits{batch_tokens, cold_batch_tokens, cold_after};
-                 new (simulation) Simulation(page_tokens, gpu_pages, host_pages, policy, limits, users, keys_of(keys));
+                 new (simulation) Simulation(page_tokens, gpu_pages, host_pages, policy, limits, users, keys_of(keys), habits);
              },
              "page_tokens"_a, "gpu_pages"_a, "host_pages"_a, "policy"_a, "batch_tokens"_a, "cold_batch_tokens"_a,
-             "cold_after"_a, "users"_a, "keys"_a.none())
-        .def("run", &run, "t_s"_a, "columns"_a, "gpu_tokens"_a, "host_tokens"_a)
+             "cold_after"_a, "users"_a, "keys"_a.none(), "habits"_a.none(), nb::keep_alive<1, 11>())
+        .def("run", &run, "t_s"_a, "columns"_a, "gpu_tokens"_a, "host_tokens"_a, "next_s"_a.none())
         .def("stats", &stats)
         .def("check", &Simulation::check);
 }

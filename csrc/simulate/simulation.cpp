@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 namespace mtserve {
@@ -12,15 +13,26 @@ namespace {
 constexpr int kMaxLoads = 2;  // as mtserve.engine.onload.MAX_LOADS
 constexpr int64_t kMaxUsers = INT32_MAX;
 
-NumberedUsers<CountedIndex::Entry> numbered(int64_t users, std::vector<uint64_t> keys) {
+int64_t checked_users(int64_t users) {
     if (users < 0 || users > kMaxUsers)
         throw invalid_argument("users", std::to_string(users) + " is outside 0 to " + std::to_string(kMaxUsers));
+    return users;
+}
+
+NumberedUsers<CountedIndex::Entry> numbered(int64_t users, std::vector<uint64_t> keys, bool oracle) {
+    if (oracle) {
+        if (!keys.empty()) throw invalid_argument("keys", "an oracle knows users by their numbers");
+        keys.resize(static_cast<size_t>(users));
+        std::iota(keys.begin(), keys.end(), uint64_t{0});
+    }
     if (!keys.empty() && static_cast<int64_t>(keys.size()) != users)
         throw invalid_argument("keys", std::to_string(keys.size()) + " keys for " + std::to_string(users) + " users");
     return NumberedUsers<CountedIndex::Entry>(static_cast<int32_t>(users), std::move(keys));
 }
 
-CountedIndex::TierParts tier(int64_t pages, const std::string& policy) { return {PageCounter(pages), make_policy(policy, pages)}; }
+CountedIndex::TierParts tier(int64_t pages, const std::string& policy, const Oracle* oracle) {
+    return {PageCounter(pages), make_policy(policy, pages, oracle)};
+}
 
 BatchLimits checked(const BatchLimits& limits) {
     for (const auto& [field, tokens] : {std::pair{"batch_tokens", limits.batch_tokens},
@@ -37,8 +49,10 @@ void refuse(const char* field, int64_t row, const std::string& why) {
 }  // namespace
 
 Simulation::Simulation(int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy,
-                       const BatchLimits& limits, int64_t users, std::vector<uint64_t> keys)
-    : index_(page_tokens, tier(gpu_pages, policy), tier(host_pages, policy), numbered(users, std::move(keys))),
+                       const BatchLimits& limits, int64_t users, std::vector<uint64_t> keys, const Oracle* habits)
+    : oracle_(habits ? std::make_unique<DemandOracle>(*habits, checked_users(users)) : nullptr),
+      index_(page_tokens, tier(gpu_pages, policy, oracle_.get()), tier(host_pages, policy, oracle_.get()),
+             numbered(checked_users(users), std::move(keys), habits != nullptr)),
       limits_(checked(limits)),
       users_(users),
       now_(-std::numeric_limits<double>::infinity()),
@@ -51,6 +65,7 @@ void Simulation::run(const RequestColumns& requests, int32_t* gpu_tokens, int32_
         const CountedView before{requests.generations[i], requests.tokens[i]};
         const CountedView after{requests.generations_after[i], requests.tokens_after[i]};
         now_ = requests.t_s[i];
+        if (oracle_) oracle_->expect(user, requests.next_s[i]);
         const Match found = serve({user, before, requests.frozen[i], requests.candidates[i], false}, now_);
         gpu_tokens[i] = found.gpu_tokens;
         host_tokens[i] = found.host_tokens;
@@ -69,12 +84,14 @@ void Simulation::check_requests(const RequestColumns& requests) const {
     const std::pair<const char*, const int32_t*> counts[] = {
         {"candidates", requests.candidates}, {"tokens", requests.tokens},           {"frozen", requests.frozen},
         {"tokens_after", requests.tokens_after}, {"frozen_after", requests.frozen_after}};
+    if (oracle_ && !requests.next_s) throw invalid_argument("next_s", "an oracle needs to know what comes");
     double last = now_;
     for (int64_t i = 0; i < requests.size; ++i) {
         if (requests.users[i] < 0 || requests.users[i] >= users_)
             refuse("users", i, std::to_string(requests.users[i]) + " is outside 0 to " + std::to_string(users_ - 1));
         if (!(requests.t_s[i] >= last) || std::isinf(requests.t_s[i])) refuse("t_s", i, "is before the previous request, or not finite");
         last = requests.t_s[i];
+        if (requests.next_s && !(requests.next_s[i] >= last)) refuse("next_s", i, "is before the request");
         for (const auto& [field, column] : counts)
             if (column[i] < 0 || column[i] > kMaxChain)
                 refuse(field, i, std::to_string(column[i]) + " is outside 0 to " + std::to_string(kMaxChain));

@@ -6,11 +6,13 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "../cache/counted.h"
 #include "../cache/index.h"
+#include "demand_oracle.h"
 
 namespace mtserve {
 
@@ -29,6 +31,7 @@ struct RequestColumns {
     const int32_t* tokens_after;
     const int32_t* generations_after;
     const int32_t* frozen_after;
+    const double* next_s;  // the user's next request for the states that this one leaves; null where nobody may know
 };
 
 // What one batch takes, as in mtserve.config.EngineConfig: prefixes that lack more are encoded part by part.
@@ -45,8 +48,9 @@ struct SimulationStats {
 class Simulation {
 public:
     // `keys`: by which the policies know each user, 0 or one a user; those of an engine are hashes of the user ids.
+    // `habits`: where the policy needs to know what comes, how users, by their numbers, come back; outlives this.
     Simulation(int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy, const BatchLimits& limits,
-               int64_t users, std::vector<uint64_t> keys);
+               int64_t users, std::vector<uint64_t> keys, const Oracle* habits);
 
     // Goes on with these requests: prefix tokens that each tier had of each, to gpu_tokens and host_tokens [size].
     void run(const RequestColumns& requests, int32_t* gpu_tokens, int32_t* host_tokens);
@@ -69,6 +73,7 @@ private:
     int32_t part_end(const Job& job, int32_t cached) const;
     void save(int32_t user, double now);
 
+    std::unique_ptr<DemandOracle> oracle_;  // before the index, whose policies ask it
     CountedIndex index_;
     BatchLimits limits_;
     int64_t users_;

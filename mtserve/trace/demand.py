@@ -77,6 +77,16 @@ class Demand:
         """The columns COUNTS of some requests, in that order."""
         return [getattr(self, name)[part] for name in COUNTS]
 
+    def next_s(self) -> npt.NDArray[np.float64]:
+        """[N] when the request's user asks next, in seconds, so that what this one leaves is of use; infinity if never."""
+        order = np.argsort(self.user, kind="stable")
+        here, next_one = order[:-1], order[1:]
+        useful = self.user[here] == self.user[next_one]
+        useful &= self.generation_after[here] == self.generation[next_one]
+        times = np.full(self.requests, np.inf)
+        times[here] = np.where(useful, self.t_s[next_one], np.inf)
+        return times
+
     def working_set_pages(self, page_tokens: int) -> int:
         """Pages that hold the states of every user who asks, after the last request, as `mtserve.trace.working_set`."""
         tokens = np.zeros(self.users, dtype=np.int64)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mtserve._core import _Simulation
+from mtserve._core import _Simulation, _TraceOracle, oracle_policy_names
 from mtserve.config import EngineConfig
 from mtserve.trace.demand import Demand
 from mtserve.trace.hits import hit_ratio, tiers_of
@@ -100,12 +100,17 @@ def simulate(
 ) -> SimulatedRun:
     """Send `demand` through tiers that start empty; `host_pages=0`: no host tier.
 
-    policy: one of `mtserve._core.policy_names()`. Raises InvalidArgument for what an index or a tier refuses.
+    policy: one of `mtserve._core.policy_names()`, or of `oracle_policy_names()`, which know the demand's future: no engine
+    can serve under those, others are measured against them. `limits` matter for long prefixes only. Raises InvalidArgument for what an index or a tier refuses.
     """
-    simulation = _Simulation(page_tokens, gpu_pages, host_pages, policy, *limits, demand.users, demand.keys)
+    habits, keys, next_s = None, demand.keys, None
+    if policy in oracle_policy_names():
+        habits, keys, next_s = _TraceOracle(demand.user.astype(np.uint64), demand.t_s), None, demand.next_s()
+    simulation = _Simulation(page_tokens, gpu_pages, host_pages, policy, *limits, demand.users, keys, habits)
     gpu, host = (np.empty(demand.requests, dtype=np.int32) for _ in range(2))
     for part in _blocks(demand.requests):
-        simulation.run(demand.t_s[part], demand.counts(part), gpu[part], host[part])
+        coming = None if next_s is None else next_s[part]
+        simulation.run(demand.t_s[part], demand.counts(part), gpu[part], host[part], coming)
         if progress is not None:
             progress(part.stop, demand.requests)
     of_gpu, of_host, *rest = simulation.stats()
