@@ -75,32 +75,50 @@ class Index:
     def _sabotage(self, what: str) -> None: ...
 
 def policy_names() -> list[str]: ...
+def oracle_policy_names() -> list[str]:
+    """Policies that know what comes: others are measured against them, they cannot serve."""
+
+class _TraceOracle:
+    """What a finished trace tells of users by `keys`, uint64 [requests], at `t_s`, float64 [requests], ascending seconds."""
+
+    def __init__(self, keys: npt.NDArray[np.uint64], t_s: npt.NDArray[np.float64]) -> None: ...
 
 class _Policy:
     """A replacement policy by itself, without an index, for a tier of `capacity_pages` pages: for tests and benchmarks.
 
-    A slot, below 2^27, stands for an entry; `key` for its user, whom the policy may remember when the entry is gone.
+    A slot, below 2^27, stands for an entry; `key` for its user, whom the policy may remember when the entry is gone;
+    `now` are seconds on any clock. InvalidArgument where the policy is one of `oracle_policy_names` and has no oracle.
     """
 
-    def __init__(self, name: str, capacity_pages: int) -> None: ...
-    def insert(self, slot: int, key: int, pages: int) -> None: ...
-    def access(self, slot: int) -> None: ...
-    def refresh(self, slot: int) -> None:
+    def __init__(self, name: str, capacity_pages: int, oracle: _TraceOracle | None = None) -> None: ...
+    def insert(self, slot: int, key: int, pages: int, now: float = 0, cost: float = 1) -> None:
+        """`cost` of bringing a page back, above 0, beside that of others."""
+
+    def access(self, slot: int, now: float = 0) -> None: ...
+    def refresh(self, slot: int, now: float = 0) -> None:
         """As recent as if accessed, but no more frequent."""
 
     def resize(self, slot: int, pages: int) -> None: ...
     def remove(self, slot: int, evicted: bool) -> None:
         """`evicted`: to make room, as opposed to states that became void."""
 
-    def victim(self, pinned: Sequence[int] = ()) -> int | None:
+    def victim(self, pinned: Sequence[int] = (), now: float = 0) -> int | None:
         """The slot to take from next, still listed; None when all are pinned."""
 
     def grow(self, pages: int) -> None: ...
-    def replay(self, users: npt.NDArray[np.int32], pages: npt.NDArray[np.int32], recent: int = 0) -> int:
+    def replay(
+        self,
+        users: npt.NDArray[np.int32],
+        pages: npt.NDArray[np.int32],
+        recent: int = 0,
+        start_s: float = 0,
+        every_s: float = 0,
+    ) -> int:
         """Hits of requests for `users` int32 [requests], each of `pages[user]` pages, int32 [users].
 
         Whole users are evicted. Those of the last `recent` requests, at most 1024, are pinned; who finds no room is
-        not kept. FailedPrecondition when entries came or went by other calls.
+        not kept. A request comes `every_s` seconds after the other. FailedPrecondition when entries came or went by
+        other calls.
         """
 
     def contains(self, slot: int) -> bool: ...
@@ -108,6 +126,34 @@ class _Policy:
     @property
     def pages(self) -> int: ...
     def check(self) -> None: ...
+
+def _replay_trace(
+    name: str,
+    capacity_pages: int,
+    users: npt.NDArray[np.int32],
+    t_s: npt.NDArray[np.float64],
+    tokens: npt.NDArray[np.int32],
+    found: npt.NDArray[np.int32],
+    known: int,
+    page_tokens: int,
+) -> None:
+    """What a trace finds on one tier under a policy, also one that knows what comes: `found` int32 [requests], in tokens.
+
+    `users` int32 [requests] are numbers below `known`, `t_s` float64 [requests] ascending seconds, `tokens` int32
+    [requests] the prefix that the request wants and leaves behind. Users are evicted from the end, page by page of
+    `page_tokens`; the policy is checked at the end (CorruptState).
+    """
+
+def _optimum(
+    capacity_pages: int,
+    users: npt.NDArray[np.int32],
+    t_s: npt.NDArray[np.float64],
+    tokens: npt.NDArray[np.int32],
+    found: npt.NDArray[np.int32],
+    known: int,
+    page_tokens: int,
+) -> None:
+    """As `_replay_trace`, under the choice that finds the most pages of all, which may also keep nothing of a request."""
 
 _SimulatedTier = tuple[int, int, int, int, int]  # the fields of mtserve.trace.simulation.TierCounters
 
@@ -120,23 +166,30 @@ class _Simulation:
         gpu_pages: int,
         host_pages: int,
         policy: str,
+        batch_tokens: int,
+        cold_batch_tokens: int,
+        cold_after: int,
         users: int,
-        keys: npt.NDArray[np.uint64] | None = None,
-    ) -> None: ...
+        keys: npt.NDArray[np.uint64] | None,
+        habits: _TraceOracle | None,
+    ) -> None:
+        """`habits`: for the policies of `oracle_policy_names`, of users by number; `keys` are None then."""
+
     def run(
         self,
-        users: npt.NDArray[np.int32],
         t_s: npt.NDArray[np.float64],
-        tokens: npt.NDArray[np.int32],
-        generations: npt.NDArray[np.int32],
-        tokens_after: npt.NDArray[np.int32],
-        generations_after: npt.NDArray[np.int32],
+        columns: Sequence[npt.NDArray[np.int32]],
         gpu_tokens: npt.NDArray[np.int32],
         host_tokens: npt.NDArray[np.int32],
+        next_s: npt.NDArray[np.float64] | None,
     ) -> None:
-        """The next N requests, [N] each; the last two are written. InvalidArgument, and no change, for what is no request."""
+        """The next N requests, [N] each; gpu_tokens and host_tokens are written. InvalidArgument, and no change, for what is no request.
 
-    def stats(self) -> tuple[_SimulatedTier, _SimulatedTier, int, int, int, int, int, int, int]: ...
+        `columns`: users, candidates, tokens, generations, frozen, tokens_after, generations_after and frozen_after.
+        `next_s`, needed with `habits`: when each user asks next for the states that its request leaves, else infinity.
+        """
+
+    def stats(self) -> tuple[_SimulatedTier, _SimulatedTier, int, int, int, int, int, int, int, int]: ...
     def check(self) -> None: ...
 
 class PageAllocator:

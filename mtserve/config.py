@@ -197,7 +197,9 @@ class EngineConfig(Config):
     )
     page_tokens: int = option(64, "tokens of a page", low=1, high=1024, unit="tokens")
     policy: str = option(
-        "lru", "which users lose their states first", choices=("lru", "sieve", "s3fifo", "arc", "gdsf", "wtinylfu")
+        "lru",
+        "which users lose their states first",
+        choices=("lru", "sieve", "s3fifo", "arc", "gdsf", "wtinylfu", "locality"),
     )
     max_batch_tokens: int = option(
         16384, "new tokens of a batch (behaviours to encode + candidates)", low=1, high=10_000_000, unit="tokens"

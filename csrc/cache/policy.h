@@ -15,6 +15,7 @@ constexpr Slot kNoSlot = ~Slot{0};
 struct Facts {
     uint64_t key;
     int32_t pages;
+    double cost = 1;  // of bringing a page back, above 0, in any unit that all share
 };
 
 class Policy {
@@ -44,9 +45,14 @@ public:
     virtual void check() const = 0;
 };
 
-std::vector<std::string> policy_names();
+class Oracle;
 
-// For a tier of `capacity_pages` pages. Throws InvalidArgument for other names than those above.
-std::unique_ptr<Policy> make_policy(const std::string& name, int64_t capacity_pages);
+// Those that can serve, and those that need an oracle.
+std::vector<std::string> policy_names();
+std::vector<std::string> oracle_policy_names();
+
+// For a tier of `capacity_pages` pages. `oracle` outlives the policy. Throws InvalidArgument for other names than those
+// above, and where a policy needs an oracle and there is none.
+std::unique_ptr<Policy> make_policy(const std::string& name, int64_t capacity_pages, const Oracle* oracle = nullptr);
 
 }  // namespace mtserve

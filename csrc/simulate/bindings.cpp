@@ -3,7 +3,12 @@
 
 #include <nanobind/stl/string.h>
 
+#include <deque>
+#include <iterator>
+#include <optional>
+
 #include "../cache/buffers.h"
+#include "../cache/policies/trace_oracle.h"
 #include "simulation.h"
 
 namespace nb = nanobind;
@@ -29,21 +34,29 @@ std::vector<uint64_t> keys_of(nb::handle keys) {
     return std::vector<uint64_t>(buffer.data<uint64_t>(), buffer.data<uint64_t>() + buffer.extent(0));
 }
 
-void run(Simulation& simulation, nb::handle users, nb::handle t_s, nb::handle tokens, nb::handle generations,
-         nb::handle tokens_after, nb::handle generations_after, nb::handle gpu_tokens, nb::handle host_tokens) {
-    constexpr int kOut = PyBUF_FORMAT | PyBUF_WRITABLE;
-    const Buffer user(users, "users", PyBUF_FORMAT), time(t_s, "t_s", PyBUF_FORMAT), token(tokens, "tokens", PyBUF_FORMAT),
-        generation(generations, "generations", PyBUF_FORMAT), token_after(tokens_after, "tokens_after", PyBUF_FORMAT),
-        generation_after(generations_after, "generations_after", PyBUF_FORMAT), gpu(gpu_tokens, "gpu_tokens", kOut),
-        host(host_tokens, "host_tokens", kOut);
-    const int64_t size = user.rank() == 1 ? user.extent(0) : 0;
-    const RequestColumns requests{size,
-                                  column<int32_t>(user, "users", size),
-                                  column<double>(time, "t_s", size),
-                                  column<int32_t>(token, "tokens", size),
-                                  column<int32_t>(generation, "generations", size),
-                                  column<int32_t>(token_after, "tokens_after", size),
-                                  column<int32_t>(generation_after, "generations_after", size)};
+// Names, in order, of the columns that are not times.
+constexpr const char* kCounts[] = {"users",  "candidates",   "tokens",            "generations",
+                                   "frozen", "tokens_after", "generations_after", "frozen_after"};
+
+void run(Simulation& simulation, nb::handle t_s, nb::sequence columns, nb::handle gpu_tokens, nb::handle host_tokens,
+         nb::handle next_s) {
+    const Buffer time(t_s, "t_s", PyBUF_FORMAT), gpu(gpu_tokens, "gpu_tokens", PyBUF_FORMAT | PyBUF_WRITABLE),
+        host(host_tokens, "host_tokens", PyBUF_FORMAT | PyBUF_WRITABLE);
+    const int64_t size = time.rank() == 1 ? time.extent(0) : 0;
+    if (nb::len(columns) != std::size(kCounts))
+        throw invalid_argument("columns", "needs " + std::to_string(std::size(kCounts)) + " columns");
+    std::deque<Buffer> held;  // a deque, for views must not move
+    const int32_t* counts[std::size(kCounts)];
+    for (size_t i = 0; i < std::size(kCounts); ++i) {
+        held.emplace_back(nb::object(columns[i]), kCounts[i], PyBUF_FORMAT);
+        counts[i] = column<int32_t>(held.back(), kCounts[i], size);
+    }
+    std::optional<Buffer> next;
+    if (!next_s.is_none()) next.emplace(next_s, "next_s", PyBUF_FORMAT);
+    const RequestColumns requests{size,      counts[0], column<double>(time, "t_s", size),
+                                  counts[1], counts[2], counts[3],
+                                  counts[4], counts[5], counts[6],
+                                  counts[7], next ? column<double>(*next, "next_s", size) : nullptr};
     int32_t *const gpu_out = column<int32_t>(gpu, "gpu_tokens", size), *const host_out = column<int32_t>(host, "host_tokens", size);
     nb::gil_scoped_release unlocked;
     simulation.run(requests, gpu_out, host_out);
@@ -54,7 +67,7 @@ nb::tuple tier(const TierStats& from) { return nb::make_tuple(from.total, from.u
 // Tuples in the order of the named tuples that `mtserve.trace.simulation` makes of them.
 nb::tuple stats(const Simulation& simulation) {
     const SimulationStats from = simulation.stats();
-    return nb::make_tuple(tier(from.index.tier[kGpu]), tier(from.index.tier[kHost]), from.requests, from.rebuilt, from.loads,
+    return nb::make_tuple(tier(from.index.tier[kGpu]), tier(from.index.tier[kHost]), from.requests, from.batches, from.rebuilt, from.loads,
                           from.loaded_pages, from.stores, from.stored_pages, from.index.unsaved_pages);
 }
 
@@ -64,12 +77,14 @@ void bind_simulation(nb::module_& module) {
     nb::class_<Simulation>(module, "_Simulation")
         .def("__init__",
              [](Simulation* simulation, int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy,
-                int64_t users, nb::object keys) {
-                 new (simulation) Simulation(page_tokens, gpu_pages, host_pages, policy, users, keys_of(keys));
+                int64_t batch_tokens, int64_t cold_batch_tokens, int64_t cold_after, int64_t users, nb::object keys,
+                const TraceOracle* habits) {
+                 const BatchLimits limits{batch_tokens, cold_batch_tokens, cold_after};
+                 new (simulation) Simulation(page_tokens, gpu_pages, host_pages, policy, limits, users, keys_of(keys), habits);
              },
-             "page_tokens"_a, "gpu_pages"_a, "host_pages"_a, "policy"_a, "users"_a, "keys"_a = nb::none())
-        .def("run", &run, "users"_a, "t_s"_a, "tokens"_a, "generations"_a, "tokens_after"_a, "generations_after"_a,
-             "gpu_tokens"_a, "host_tokens"_a)
+             "page_tokens"_a, "gpu_pages"_a, "host_pages"_a, "policy"_a, "batch_tokens"_a, "cold_batch_tokens"_a,
+             "cold_after"_a, "users"_a, "keys"_a.none(), "habits"_a.none(), nb::keep_alive<1, 11>())
+        .def("run", &run, "t_s"_a, "columns"_a, "gpu_tokens"_a, "host_tokens"_a, "next_s"_a.none())
         .def("stats", &stats)
         .def("check", &Simulation::check);
 }

@@ -31,11 +31,13 @@ class Demand:
     users: int
     user: SmallInts  # int32 [N], below users
     t_s: npt.NDArray[np.float64]  # [N] seconds since the epoch, never decreasing
+    candidates: SmallInts  # int32 [N]
     tokens: SmallInts  # int32 [N] of the prefix
     generation: SmallInts  # int32 [N] of the user: rises with every cut
+    frozen: SmallInts  # int32 [N] first tokens of the prefix, U and S, that see one another; 0 where they do not
     tokens_after: SmallInts  # int32 [N]
     generation_after: SmallInts  # int32 [N]
-    candidates: SmallInts  # int32 [N]
+    frozen_after: SmallInts  # int32 [N]
     keys: npt.NDArray[np.uint64] | None = (
         None  # [users] hashes of the user ids, as in an engine's index; None: of numbers
     )
@@ -54,7 +56,7 @@ class Demand:
             raise InvalidArgument(f"has numbers outside 0 to {self.users - 1}", field="user")
         if not np.isfinite(self.t_s).all() or (np.diff(self.t_s) < 0).any():
             raise InvalidArgument("must be finite and never decrease", field="t_s")
-        for name in ("tokens", "tokens_after"):
+        for name in ("candidates", "tokens", "frozen", "tokens_after", "frozen_after"):
             values = getattr(self, name)
             if self.requests and not 0 <= values.min() <= values.max() <= MAX_TOKENS:
                 raise InvalidArgument(f"has numbers outside 0 to {MAX_TOKENS}", field=name)
@@ -68,8 +70,22 @@ class Demand:
         """Its first `requests` requests; all users stay."""
         if not 0 <= requests <= self.requests:
             raise InvalidArgument(f"{requests} is outside 0 to {self.requests}", field="requests")
-        columns = {name: getattr(self, name)[:requests] for name in _DTYPES if name != "keys"}
-        return Demand(self.users, keys=self.keys, **columns)
+        counts = dict(zip(COUNTS, self.counts(slice(requests)), strict=True))
+        return Demand(self.users, t_s=self.t_s[:requests], keys=self.keys, **counts)
+
+    def counts(self, part: slice) -> list[SmallInts]:
+        """The columns COUNTS of some requests, in that order."""
+        return [getattr(self, name)[part] for name in COUNTS]
+
+    def next_s(self) -> npt.NDArray[np.float64]:
+        """[N] when the request's user asks next, in seconds, so that what this one leaves is of use; infinity if never."""
+        order = np.argsort(self.user, kind="stable")
+        here, next_one = order[:-1], order[1:]
+        useful = self.user[here] == self.user[next_one]
+        useful &= self.generation_after[here] == self.generation[next_one]
+        times = np.full(self.requests, np.inf)
+        times[here] = np.where(useful, self.t_s[next_one], np.inf)
+        return times
 
     def working_set_pages(self, page_tokens: int) -> int:
         """Pages that hold the states of every user who asks, after the last request, as `mtserve.trace.working_set`."""
@@ -78,11 +94,10 @@ class Demand:
         return int((-(-tokens // page_tokens)).sum())
 
 
-_DTYPES: dict[str, Any] = {
-    **dict.fromkeys(("user", "tokens", "generation", "tokens_after", "generation_after", "candidates"), np.int32),
-    "t_s": np.float64,
-    "keys": np.uint64,
-}
+COUNTS = (
+    "user", "candidates", "tokens", "generation", "frozen", "tokens_after", "generation_after", "frozen_after",
+)  # fmt: skip
+_DTYPES: dict[str, Any] = {**dict.fromkeys(COUNTS, np.int32), "t_s": np.float64, "keys": np.uint64}
 
 
 def _column(name: str, values: Any, dtype: Any, rows: int) -> npt.NDArray[Any]:
@@ -101,13 +116,18 @@ def demand_of(trace: Trace, model: ModelConfig, user_tokens: int) -> Demand:
     cut = (before.start != after.start) | (before.static_end != after.static_end)
     generation = earlier_in_group(trace.user, cut)
     return Demand(
-        trace.users, trace.user, trace.t_ms / 1000,
-        _tokens(before, user_tokens), generation.astype(np.int32),
-        _tokens(after, user_tokens), (generation + cut).astype(np.int32),
-        trace.cand_lengths.astype(np.int32),
+        trace.users, trace.user, trace.t_ms / 1000, trace.cand_lengths.astype(np.int32),
+        _tokens(before, user_tokens), generation.astype(np.int32), _frozen(before, model, user_tokens),
+        _tokens(after, user_tokens), (generation + cut).astype(np.int32), _frozen(after, model, user_tokens),
         np.fromiter((digest(user.encode()) for user in trace.user_ids), np.uint64, trace.users),
     )  # fmt: skip
 
 
 def _tokens(cuts: Cuts, user_tokens: int) -> SmallInts:
     return (user_tokens + cuts.kept).astype(np.int32)
+
+
+def _frozen(cuts: Cuts, model: ModelConfig, user_tokens: int) -> SmallInts:
+    if model.static_attention != "full":
+        return np.zeros(len(cuts.end), dtype=np.int32)
+    return (user_tokens + cuts.static_end - cuts.start).astype(np.int32)

@@ -1,9 +1,8 @@
 """What hit ratio a demand would meet in tiers of given sizes: by the engine's own index, without bytes or a device.
 
 Request for request the same as an engine in a closed loop of one request, with `restore="load"`,
-`write_back_idle_ms=0` and a host tier that is ready, in which nothing fails and every prefix is encoded in one batch.
-What it leaves out: requests in flight together, copies that take time, and prefixes longer than `cold_batch_tokens` that
-an engine encodes in parts, each of which its policy counts as a use.
+`write_back_idle_ms=0` and a host tier that is ready, in which nothing fails. What it leaves out are requests in flight
+together and copies that take time.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mtserve._core import _Simulation
+from mtserve._core import _Simulation, _TraceOracle, oracle_policy_names
+from mtserve.config import EngineConfig
 from mtserve.trace.demand import Demand
 from mtserve.trace.hits import hit_ratio, tiers_of
 from mtserve.trace.schema import Progress, SmallInts
@@ -39,12 +39,24 @@ class SimulationCounters(NamedTuple):
     gpu: TierCounters
     host: TierCounters
     requests: int
+    batches: int
     rebuilt: int  # new generations encoded in the background
     loads: int
     loaded_pages: int
     stores: int
     stored_pages: int
     unsaved_pages: int  # evicted from the GPU with states that the host did not have
+
+
+class BatchLimits(NamedTuple):
+    """What one batch takes, as the fields of `EngineConfig`: of a cold prefix that lacks more, each is given a part."""
+
+    max_batch_tokens: int = EngineConfig.max_batch_tokens
+    cold_batch_tokens: int = EngineConfig.cold_batch_tokens
+    cold_after: int = EngineConfig.cold_after
+
+
+DEFAULT_LIMITS = BatchLimits()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,19 +89,28 @@ class SimulatedRun:
 
 
 def simulate(
-    demand: Demand, *, policy: str, gpu_pages: int, host_pages: int, page_tokens: int, progress: Progress | None = None
+    demand: Demand,
+    *,
+    policy: str,
+    gpu_pages: int,
+    host_pages: int,
+    page_tokens: int,
+    limits: BatchLimits = DEFAULT_LIMITS,
+    progress: Progress | None = None,
 ) -> SimulatedRun:
     """Send `demand` through tiers that start empty; `host_pages=0`: no host tier.
 
-    policy: one of `mtserve._core.policy_names()`. Raises InvalidArgument for what an index or a tier refuses.
+    policy: one of `mtserve._core.policy_names()`, or of `oracle_policy_names()`, which know the demand's future: no engine
+    can serve under those, others are measured against them. `limits` matter for long prefixes only. Raises InvalidArgument for what an index or a tier refuses.
     """
-    simulation = _Simulation(page_tokens, gpu_pages, host_pages, policy, demand.users, demand.keys)
+    habits, keys, next_s = None, demand.keys, None
+    if policy in oracle_policy_names():
+        habits, keys, next_s = _TraceOracle(demand.user.astype(np.uint64), demand.t_s), None, demand.next_s()
+    simulation = _Simulation(page_tokens, gpu_pages, host_pages, policy, *limits, demand.users, keys, habits)
     gpu, host = (np.empty(demand.requests, dtype=np.int32) for _ in range(2))
     for part in _blocks(demand.requests):
-        simulation.run(
-            demand.user[part], demand.t_s[part], demand.tokens[part], demand.generation[part],
-            demand.tokens_after[part], demand.generation_after[part], gpu[part], host[part],
-        )  # fmt: skip
+        coming = None if next_s is None else next_s[part]
+        simulation.run(demand.t_s[part], demand.counts(part), gpu[part], host[part], coming)
         if progress is not None:
             progress(part.stop, demand.requests)
     of_gpu, of_host, *rest = simulation.stats()

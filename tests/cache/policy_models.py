@@ -8,21 +8,33 @@ MASK = 2**64 - 1
 
 
 class Model:
-    """What all share: pages and key of every listed slot, and the most pages since its last use."""
+    """What all share: pages and key of every listed slot, the most pages since its last use, and the time of the call."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.pages: dict[int, int] = {}
         self.keys: dict[int, int] = {}
         self.most: dict[int, int] = {}
+        self.cost = 1.0  # of the entry inserted last
+        self.now = 0.0
 
-    def insert(self, slot: int, key: int, pages: int) -> None:
+    def insert(self, slot: int, key: int, pages: int, now: float = 0.0, cost: float = 1.0) -> None:
         self.pages[slot], self.keys[slot], self.most[slot] = pages, key, pages
+        self.now, self.cost = now, cost
         self.inserted(slot)
 
-    def access(self, slot: int) -> None:
+    def access(self, slot: int, now: float = 0.0) -> None:
         self.most[slot] = self.pages[slot]
+        self.now = now
         self.accessed(slot)
+
+    def refresh(self, slot: int, now: float = 0.0) -> None:
+        self.now = now
+        self.refreshed(slot)
+
+    def victim(self, pinned: Collection[int] = (), now: float = 0.0) -> int | None:
+        self.now = now
+        return self.choose(pinned)
 
     def resize(self, slot: int, pages: int) -> None:
         self.pages[slot] = pages
@@ -41,6 +53,8 @@ class Model:
 
     def inserted(self, slot: int) -> None: ...
     def accessed(self, slot: int) -> None: ...
+    def refreshed(self, slot: int) -> None: ...
+    def choose(self, pinned: Collection[int]) -> int | None: ...
     def resized(self, slot: int) -> None: ...
     def removed(self, slot: int, evicted: bool) -> None: ...
 
@@ -65,12 +79,12 @@ class Lru(Model):
     def accessed(self, slot: int) -> None:
         renew(self.queue, slot)
 
-    refresh = accessed
+    refreshed = accessed
 
     def removed(self, slot: int, evicted: bool) -> None:
         self.queue.remove(slot)
 
-    def victim(self, pinned: Collection[int]) -> int | None:
+    def choose(self, pinned: Collection[int]) -> int | None:
         return first(self.queue, pinned)
 
 
@@ -87,8 +101,6 @@ class Sieve(Model):
     def accessed(self, slot: int) -> None:
         self.visited.add(slot)
 
-    def refresh(self, slot: int) -> None: ...
-
     def removed(self, slot: int, evicted: bool) -> None:
         place = self.queue.index(slot)
         del self.queue[place]
@@ -97,7 +109,7 @@ class Sieve(Model):
         if self.hand == len(self.queue):
             self.hand = 0
 
-    def victim(self, pinned: Collection[int]) -> int | None:
+    def choose(self, pinned: Collection[int]) -> int | None:
         if set(self.queue) <= set(pinned):
             return None
         while True:
@@ -124,8 +136,6 @@ class S3Fifo(Model):
     def accessed(self, slot: int) -> None:
         self.uses[slot] = min(3, self.uses[slot] + 1)
 
-    def refresh(self, slot: int) -> None: ...
-
     def removed(self, slot: int, evicted: bool) -> None:
         if slot in self.main:
             self.main.remove(slot)
@@ -137,7 +147,7 @@ class S3Fifo(Model):
             while sum(self.ghosts.values()) > self.capacity - self.capacity // 10:
                 del self.ghosts[next(iter(self.ghosts))]
 
-    def victim(self, pinned: Collection[int]) -> int | None:
+    def choose(self, pinned: Collection[int]) -> int | None:
         while self.weigh(self.small) * 10 >= self.capacity and first(self.small, pinned) is not None:
             slot = first(self.small, pinned)
             if self.uses[slot] < 2:
@@ -177,7 +187,7 @@ class Arc(Model):
         self.lists[slot in self.lists[1]].remove(slot)
         self.lists[1].append(slot)
 
-    def refresh(self, slot: int) -> None:
+    def refreshed(self, slot: int) -> None:
         renew(self.lists[slot in self.lists[1]], slot)
 
     def resized(self, slot: int) -> None:
@@ -199,7 +209,7 @@ class Arc(Model):
         while again and sum(once.values()) + sum(again.values()) + sum(listed) > 2 * self.capacity:
             del again[next(iter(again))]
 
-    def victim(self, pinned: Collection[int]) -> int | None:
+    def choose(self, pinned: Collection[int]) -> int | None:
         order = self.lists if self.weigh(self.lists[0]) > self.target else self.lists[::-1]
         slots = [first(queue, pinned) for queue in order]
         return slots[1] if slots[0] is None else slots[0]
@@ -215,13 +225,13 @@ class Gdsf(Model):
 
     def inserted(self, slot: int) -> None:
         self.uses[slot] = 1
-        self.refresh(slot)
+        self.refreshed(slot)
 
     def accessed(self, slot: int) -> None:
         self.uses[slot] += 1
-        self.refresh(slot)
+        self.refreshed(slot)
 
-    def refresh(self, slot: int) -> None:
+    def refreshed(self, slot: int) -> None:
         self.turn += 1
         self.last[slot] = self.clock, self.turn
 
@@ -234,7 +244,7 @@ class Gdsf(Model):
         if evicted:
             self.clock = max(self.clock, self.priority(slot)[0])
 
-    def victim(self, pinned: Collection[int]) -> int | None:
+    def choose(self, pinned: Collection[int]) -> int | None:
         return min((slot for slot in self.pages if slot not in pinned), key=self.priority, default=None)
 
 
@@ -300,7 +310,7 @@ class WTinyLfu(Model):
     def accessed(self, slot: int) -> None:
         self.count(slot)
         if slot not in self.probation:
-            self.refresh(slot)
+            self.refreshed(slot)
             return
         self.probation.remove(slot)
         self.protected.append(slot)
@@ -310,13 +320,13 @@ class WTinyLfu(Model):
     def queue_of(self, slot: int) -> list[int]:
         return next(queue for queue in (self.window, self.probation, self.protected) if slot in queue)
 
-    def refresh(self, slot: int) -> None:
+    def refreshed(self, slot: int) -> None:
         renew(self.queue_of(slot), slot)
 
     def removed(self, slot: int, evicted: bool) -> None:
         self.queue_of(slot).remove(slot)
 
-    def victim(self, pinned: Collection[int]) -> int | None:
+    def choose(self, pinned: Collection[int]) -> int | None:
         self.made_room = True
         entering, leaving = first(self.window, pinned), first(self.probation + self.protected, pinned)
         if leaving is None:
@@ -328,8 +338,3 @@ class WTinyLfu(Model):
         self.window.remove(entering)
         self.probation.append(entering)
         return leaving
-
-
-MODELS: dict[str, type[Model]] = {
-    "lru": Lru, "sieve": Sieve, "s3fifo": S3Fifo, "arc": Arc, "gdsf": Gdsf, "wtinylfu": WTinyLfu,
-}  # fmt: skip

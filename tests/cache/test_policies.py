@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from policy_models import MODELS
+from policy_model_locality import Locality
+from policy_models import Arc, Gdsf, Lru, Model, S3Fifo, Sieve, WTinyLfu
 from tiered_index_pool import Pool, chain_of
 
 from mtserve._core import _Policy, digest, policy_names
@@ -15,6 +16,9 @@ from mtserve.cache.index import TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.errors import FailedPrecondition, InvalidArgument
 
+MODELS: dict[str, type[Model]] = {
+    "lru": Lru, "sieve": Sieve, "s3fifo": S3Fifo, "arc": Arc, "gdsf": Gdsf, "wtinylfu": WTinyLfu, "locality": Locality,
+}  # fmt: skip
 NAMES = sorted(MODELS)
 
 
@@ -43,6 +47,7 @@ def _serve(name: str, capacity: int, requests: str) -> str:
         ("s3fifo", "abcd bb e a f ff g", "acdeb"),  # b, then a, a ghost, and f reach the main queue
         ("arc", "abc a d b e f a g", "bcadef"),  # b moves the target up, a's return down again: f goes, not b
         ("gdsf", "abc a d e f", "bca"),  # the clock reaches a's two uses: a tie with d, which was used later
+        ("locality", "abc a d e b", "bca"),  # lru where time stands still
         ("wtinylfu", "abc a d e e f ff e g h", "bcdae"),  # c and d lose against a, f wins, e draws with f and loses
     ],
 )
@@ -237,8 +242,8 @@ def test_a_batch_counts_once_whatever_brought_its_states(name: str):
     assert _lost(name, "load") == _lost(name, "load touch touch") == _lost(name, "load touch batch") == once
     thrice = _lost(name, "batch batch batch")
     assert _lost(name, "load batch touch batch batch") == thrice
-    # lru does not count; wtinylfu asks for no contest before the window has passed its share.
-    assert (thrice == once) is (name in ("lru", "wtinylfu"))
+    # lru does not count, locality not so few; wtinylfu asks for no contest before the window has passed its share.
+    assert (thrice == once) is (name in ("lru", "wtinylfu", "locality"))
 
 
 @pytest.mark.parametrize("voided", [False, True])

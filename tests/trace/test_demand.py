@@ -15,7 +15,7 @@ from mtserve.cache.keys import digest
 from mtserve.config import ModelConfig
 from mtserve.errors import InvalidArgument
 from mtserve.model.cut import cut_history
-from mtserve.trace.demand import Demand, demand_of
+from mtserve.trace.demand import COUNTS, Demand, demand_of
 from mtserve.trace.schema import Trace
 from mtserve.trace.working_set import working_set_pages
 
@@ -40,10 +40,12 @@ def test_every_request_needs_what_its_history_is_cut_to(model: ModelConfig) -> N
             known = cuts[request.user_index]
             if (cut.start, cut.static_end) not in known:
                 known.append((cut.start, cut.static_end))
-            found.append((user_tokens + cut.kept, len(known) - 1))
+            frozen = user_tokens + cut.static_end - cut.start if model.static_attention == "full" else 0
+            found.append((user_tokens + cut.kept, len(known) - 1, frozen))
         index = request.number
-        assert (demand.tokens[index], demand.generation[index]) == found[0]
-        assert (demand.tokens_after[index], demand.generation_after[index]) == found[1]
+        assert (demand.tokens[index], demand.generation[index], demand.frozen[index]) == found[0]
+        after = demand.tokens_after[index], demand.generation_after[index], demand.frozen_after[index]
+        assert after == found[1]
         assert demand.candidates[index] == len(request.cand)
         assert demand.t_s[index] == request.t_ms / 1000
     assert max(map(len, cuts.values())) > 2
@@ -69,7 +71,7 @@ def test_users_without_a_request_need_nothing() -> None:
 def test_the_first_requests_are_those_of_the_first_part_of_the_trace() -> None:
     trace = make_trace()
     part, whole = demand_of(trace.first(50), MODELS[0], 1), demand_of(trace, MODELS[0], 1)
-    for name in ("user", "t_s", "tokens", "generation", "tokens_after", "generation_after", "candidates"):
+    for name in ("t_s", *COUNTS):
         np.testing.assert_array_equal(getattr(part, name), getattr(whole.first(50), name))
     with pytest.raises(InvalidArgument, match="201"):
         whole.first(201)
@@ -93,7 +95,7 @@ def test_keys_are_those_of_an_index() -> None:
 )  # fmt: skip
 def test_broken_columns_are_refused(column: str, value: Any) -> None:
     ones = np.ones(2, np.int32)
-    demand = Demand(5, np.array([0, 4], np.int32), np.array([0.0, 0.0]), ones, ones, ones, ones, ones)
+    demand = Demand(5, np.array([0, 4], np.int32), np.array([0.0, 0.0]), *([ones] * 7))
     with pytest.raises(InvalidArgument) as caught:
         replace(demand, **{column: value})
     assert caught.value.field == ("user" if (column, value) == ("users", 3) else column)

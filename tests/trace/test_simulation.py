@@ -6,27 +6,29 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tier_model import TierModel
 
-from mtserve._core import _Simulation, policy_names
+from mtserve._core import _replay_trace, _Simulation, _TraceOracle, oracle_policy_names, policy_names
 from mtserve.errors import InvalidArgument
 from mtserve.trace import simulation
+from mtserve.trace.csr import earlier_in_group
 from mtserve.trace.demand import Demand
 from mtserve.trace.features import splitmix64
 from mtserve.trace.hits import asked_before
-from mtserve.trace.simulation import SimulatedRun, simulate
+from mtserve.trace.simulation import BatchLimits, SimulatedRun, simulate
 
 
 def make_demand(users: int, rows: list[tuple[int, int, int, int, int]]) -> Demand:
     """`rows`: user, tokens, generation, tokens after and generation after of each request."""
     table = np.array(rows, dtype=np.int32).reshape(-1, 5)
     user, tokens, generation, tokens_after, generation_after = table.T
-    t_s = np.arange(len(table), dtype=np.float64)
-    return Demand(users, user, t_s, tokens, generation, tokens_after, generation_after, np.ones_like(user))
+    t_s, nothing = np.arange(len(table), dtype=np.float64), np.zeros(len(table), dtype=np.int32)
+    return Demand(
+        users, user, t_s, nothing, tokens, generation, nothing, tokens_after, generation_after, nothing
+    )  # fmt: skip
 
 
 def steady(*requests: tuple[int, int]) -> Demand:
@@ -110,7 +112,8 @@ def mixed_demand(requests: int = 4000, users: int = 300) -> Demand:
         before, after = (divmod(int(asked[each]) + more, 16) for more in (0, 1))
         rows.append((each, base[each] + 3 * before[1], before[0], base[each] + 3 * after[1], after[0]))
         asked[each] += 1
-    return make_demand(users, rows)
+    demand = make_demand(users, rows)
+    return replace(demand, t_s=600 * demand.t_s)
 
 
 # By policy: tokens found on the GPU and on the host, loads, pages stored, generations encoded in the background.
@@ -121,6 +124,9 @@ GOLDEN = {
     "arc": (66768, 29849, 549, 36610, 110),
     "gdsf": (64062, 35222, 631, 35763, 110),
     "wtinylfu": (75295, 31136, 552, 34188, 110),
+    "locality": (55386, 34224, 604, 38130, 110),
+    "gap-oracle": (80570, 36614, 675, 31377, 110),
+    "belady": (112275, 35523, 707, 23947, 110),
 }
 
 
@@ -167,20 +173,14 @@ def test_lru_is_what_a_plain_model_says(demand: Demand, page_tokens: int, gpu_pa
 def test_every_structure_holds_after_every_block_and_blocks_change_nothing(
     demand: Demand, policy: str, block: int
 ) -> None:
-    core = _Simulation(3, 9, 14, policy, demand.users)
+    core = _Simulation(3, 9, 14, policy, *BatchLimits(), demand.users, None, None)
     gpu, host = (np.empty(demand.requests, dtype=np.int32) for _ in range(2))
     for first in range(0, demand.requests, block):
         part = slice(first, first + block)
-        core.run(*(column[part] for column in _columns(demand)), gpu[part], host[part])
+        core.run(demand.t_s[part], demand.counts(part), gpu[part], host[part], None)
         core.check()
     whole = simulate(demand, policy=policy, gpu_pages=9, host_pages=14, page_tokens=3)
     assert found(whole) == list(zip(gpu.tolist(), host.tolist(), strict=True))
-
-
-def _columns(demand: Demand) -> tuple[npt.NDArray[Any], ...]:
-    return (
-        demand.user, demand.t_s, demand.tokens, demand.generation, demand.tokens_after, demand.generation_after
-    )  # fmt: skip
 
 
 def test_progress_is_told_of_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,22 +209,35 @@ def test_keys_decide_where_a_policy_hashes_them() -> None:
     assert found(runs[0]) != found(runs[1])
 
 
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+def test_times_that_go_back_change_nothing(value: float) -> None:
+    core, demand = small_core(), steady((0, 8), (1, 8))
+    t_s, out = np.array([0.0, value]), np.zeros((2, 2), dtype=np.int32)
+    with pytest.raises(InvalidArgument) as caught:
+        core.run(t_s, demand.counts(slice(None)), *out, None)
+    assert caught.value.field == "t_s[1]"
+    assert core.stats()[2] == core.stats()[0][1] == 0
+
+
 @pytest.mark.parametrize(
     ("column", "value", "field"),
     [
-        (0, 6, "users[1]"), (0, -1, "users[1]"), (1, -1.0, "t_s[1]"), (1, np.nan, "t_s[1]"), (1, np.inf, "t_s[1]"),
-        (2, -1, "tokens[1]"), (2, 2**24 + 1, "tokens[1]"), (4, -1, "tokens_after[1]"),
+        (0, 6, "users[1]"), (0, -1, "users[1]"), (1, -1, "candidates[1]"), (2, -1, "tokens[1]"), (4, -1, "frozen[1]"),
+        (2, 2**24 + 1, "tokens[1]"), (5, -1, "tokens_after[1]"), (7, -1, "frozen_after[1]"),
     ],
 )  # fmt: skip
-def test_a_block_with_a_broken_request_changes_nothing(column: int, value: float, field: str) -> None:
-    core = _Simulation(4, 8, 8, "lru", 6)
-    columns = [each.copy() for each in _columns(steady((0, 8), (1, 8)))]
+def test_a_block_with_a_broken_request_changes_nothing(column: int, value: int, field: str) -> None:
+    core, demand = small_core(), steady((0, 8), (1, 8))
+    columns, out = [each.copy() for each in demand.counts(slice(None))], np.zeros((2, 2), dtype=np.int32)
     columns[column][1] = value
-    out = np.zeros((2, 2), dtype=np.int32)
     with pytest.raises(InvalidArgument) as caught:
-        core.run(*columns, *out)
+        core.run(demand.t_s, columns, *out, None)
     assert caught.value.field == field
     assert core.stats()[2] == core.stats()[0][1] == 0
+
+
+def small_core() -> _Simulation:
+    return _Simulation(4, 8, 8, "lru", *BatchLimits(), 6, None, None)
 
 
 def test_what_an_index_or_a_tier_refuses() -> None:
@@ -234,14 +247,71 @@ def test_what_an_index_or_a_tier_refuses() -> None:
         with pytest.raises(InvalidArgument) as caught:
             simulate(demand, **{**sizes, field: value})
         assert caught.value.field in (field, "pages")
+    with pytest.raises(InvalidArgument, match="cold_after"):
+        simulate(demand, **sizes, limits=BatchLimits(cold_after=0))
     with pytest.raises(InvalidArgument, match="users"):
-        _Simulation(4, 1, 1, "lru", -1)
+        _Simulation(4, 1, 1, "lru", *BatchLimits(), -1, None, None)
     with pytest.raises(InvalidArgument, match="keys"):
-        _Simulation(4, 1, 1, "lru", 3, np.zeros(2, dtype=np.uint64))
-    core = _Simulation(4, 1, 1, "lru", 9)
-    columns, out = list(_columns(demand)), np.zeros((2, 1), dtype=np.int32)
-    for place in range(len(columns)):
-        wrong = [*columns]
-        wrong[place] = columns[place].astype(np.int64)
-        with pytest.raises(InvalidArgument, match="array"):
-            core.run(*wrong, *out)
+        _Simulation(4, 1, 1, "lru", *BatchLimits(), 3, np.zeros(2, dtype=np.uint64), None)
+
+
+def test_columns_of_other_types_or_lengths_are_refused() -> None:
+    core, demand = small_core(), steady((0, 8))
+    columns, out = demand.counts(slice(None)), np.zeros((2, 1), dtype=np.int32)
+    for place, column in enumerate(columns):
+        for wrong in (column.astype(np.int64), np.zeros(2, dtype=np.int32)):
+            with pytest.raises(InvalidArgument, match="int32 array"):
+                core.run(demand.t_s, [*columns[:place], wrong, *columns[place + 1 :]], *out, None)
+    with pytest.raises(InvalidArgument, match="float64"):
+        core.run(demand.t_s.astype(np.float32), columns, *out, None)
+    with pytest.raises(InvalidArgument, match="8 columns"):
+        core.run(demand.t_s, columns[:-1], *out, None)
+
+
+@pytest.mark.parametrize("policy", [*policy_names(), *oracle_policy_names()])
+def test_one_tier_of_growing_histories_is_what_a_replay_of_the_policy_finds(policy: str) -> None:
+    demand = growing_demand()
+    run = simulate(demand, policy=policy, gpu_pages=300, host_pages=0, page_tokens=4)
+    found = np.empty(demand.requests, dtype=np.int32)
+    _replay_trace(policy, 300, demand.user, demand.t_s, demand.tokens, found, demand.users, 4)
+    np.testing.assert_array_equal(run.gpu_tokens, found)
+
+
+def growing_demand() -> Demand:
+    """One generation each; a request wants what the one before left."""
+    mixed = mixed_demand()
+    tokens = 10 + mixed.user % 37 + 2 * earlier_in_group(mixed.user, np.ones_like(mixed.user)).astype(np.int32)
+    nothing = np.zeros_like(tokens)
+    return replace(mixed, tokens=tokens, generation=nothing, tokens_after=tokens, generation_after=nothing)
+
+
+def test_knowing_what_comes_finds_more() -> None:
+    demand = growing_demand()
+    hits = {
+        policy: simulate(demand, policy=policy, gpu_pages=300, host_pages=0, page_tokens=4).hit_ratio["token"]["total"]
+        for policy in ("lru", "belady")
+    }
+    assert hits["belady"] > 1.3 * hits["lru"]
+
+
+def test_what_will_be_void_is_of_no_use_to_an_oracle() -> None:
+    # The first user asks next, but for another generation: under belady it is the one to go.
+    rows = [(0, 8, 0, 8, 0), (1, 8, 0, 8, 0), (2, 8, 0, 8, 0), (0, 8, 1, 8, 1), (1, 8, 0, 8, 0)]
+    demand = make_demand(3, rows)
+    assert demand.next_s().tolist() == [np.inf, 4, np.inf, np.inf, np.inf]
+    run = simulate(demand, policy="belady", gpu_pages=4, host_pages=0, page_tokens=4)
+    assert found(run) == [(0, 0), (0, 0), (0, 0), (0, 0), (8, 0)]
+
+
+def test_an_oracle_needs_numbers_and_what_comes() -> None:
+    demand = steady((0, 8), (1, 8))
+    habits = _TraceOracle(demand.user.astype(np.uint64), demand.t_s)
+    with pytest.raises(InvalidArgument, match="numbers"):
+        _Simulation(4, 8, 8, "belady", *BatchLimits(), 9, np.zeros(9, dtype=np.uint64), habits)
+    with pytest.raises(InvalidArgument, match="oracle"):
+        _Simulation(4, 8, 8, "belady", *BatchLimits(), 9, None, None)
+    core, out = _Simulation(4, 8, 8, "belady", *BatchLimits(), 9, None, habits), np.zeros((2, 2), dtype=np.int32)
+    for next_s in (None, np.array([0.5, 0.5]), np.array([np.nan, 2.0])):
+        with pytest.raises(InvalidArgument) as caught:
+            core.run(demand.t_s, demand.counts(slice(None)), *out, next_s)
+        assert (caught.value.field or "").startswith("next_s")

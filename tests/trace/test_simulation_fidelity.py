@@ -16,7 +16,7 @@ from mtserve.trace.demand import Demand, demand_of
 from mtserve.trace.features import TraceRows
 from mtserve.trace.generator import GeneratorConfig, generate
 from mtserve.trace.schema import Trace
-from mtserve.trace.simulation import SimulatedRun, simulate
+from mtserve.trace.simulation import DEFAULT_LIMITS, BatchLimits, SimulatedRun, simulate
 from mtserve.types import Request
 
 PAGE_TOKENS = 8
@@ -70,6 +70,7 @@ def assert_same(world: World, demand: Demand, run: SimulatedRun, found: npt.NDAr
     for there, here in ((stats.gpu, counters.gpu), (stats.host, counters.host)):
         assert (there.total, there.used, there.users) == here[:3]
         assert (there.evicted_pages, there.evicted_users) == here[3:]
+    assert world.value("batches_total") == counters.batches
     assert world.value("loads_total") == counters.loads
     assert world.value("stores_total") == counters.stores
     assert stats.unsaved_pages == counters.unsaved_pages
@@ -79,15 +80,19 @@ def model_of(shape: str) -> RankingModel:
     return small_model(**MODELS[shape])
 
 
-def compare(shape: str, policy: str, shares: tuple[int, int], trace: Trace) -> SimulatedRun:
+def compare(
+    shape: str, policy: str, shares: tuple[int, int], trace: Trace, limits: BatchLimits = DEFAULT_LIMITS
+) -> SimulatedRun:
     model = model_of(shape)
     demand = demand_of(trace, model.config, len(model.schema.user))
     whole = demand.working_set_pages(PAGE_TOKENS)
     gpu_pages, host_pages = (-(-whole * share // 100) for share in shares)
-    world = World(model, gpu_pages=gpu_pages, host_pages=host_pages, policy=policy, **ENGINE)
+    world = World(model, gpu_pages=gpu_pages, host_pages=host_pages, policy=policy, **limits._asdict(), **ENGINE)
     try:
         found = through_engine(world, trace)
-        run = simulate(demand, policy=policy, gpu_pages=gpu_pages, host_pages=host_pages, page_tokens=PAGE_TOKENS)
+        run = simulate(
+            demand, policy=policy, gpu_pages=gpu_pages, host_pages=host_pages, page_tokens=PAGE_TOKENS, limits=limits
+        )
         assert_same(world, demand, run, found)
         world.engine.check()
     finally:
@@ -113,7 +118,8 @@ def test_at_every_capacity(shares: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("policy", policy_names())
-def test_of_a_model_whose_histories_are_all_real_time(policy: str) -> None:
-    run = compare("hstu", policy, (25, 30), make_trace(seed=6))
-    assert run.counters.rebuilt > 5
-    assert run.gpu_tokens.any()
+@pytest.mark.parametrize("shape", MODELS)
+def test_long_prefixes_are_encoded_in_the_same_parts(shape: str, policy: str) -> None:
+    trace = make_trace(seed=7)
+    run = compare(shape, policy, (25, 30), trace, BatchLimits(max_batch_tokens=90, cold_batch_tokens=40, cold_after=30))
+    assert run.counters.batches > trace.requests + run.counters.rebuilt + 10

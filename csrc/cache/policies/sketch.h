@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -12,14 +13,14 @@ namespace mtserve {
 
 class Sketch {
 public:
-    explicit Sketch(int64_t pages) : words_(kBlockWords) { fit(pages); }
+    explicit Sketch(int64_t pages) : blocks_(1) { fit(pages); }
 
     // Room for the keys of a tier of so many pages. What was counted stays: a key's block is found in the copy, too.
     void fit(int64_t pages) {
-        while (static_cast<int64_t>(words_.size()) * kPagesPerWord < pages) {
-            const size_t half = words_.size();
-            words_.resize(2 * half);
-            std::copy_n(words_.begin(), half, words_.begin() + half);
+        while (static_cast<int64_t>(blocks_.size()) * kPagesPerBlock < pages) {
+            const size_t half = blocks_.size();
+            blocks_.resize(2 * half);
+            std::copy_n(blocks_.begin(), half, blocks_.begin() + half);
         }
     }
 
@@ -37,36 +38,41 @@ public:
     }
 
     void halve() {
-        for (uint64_t& word : words_) word = (word >> 1) & 0x7777777777777777u;
+        for (Block& block : blocks_)
+            for (uint64_t& word : block.words) word = (word >> 1) & 0x7777777777777777u;
     }
 
 private:
     static constexpr int kRows = 4, kMost = 15;
-    static constexpr size_t kBlockWords = 8;     // 64 bytes, two words a row
-    static constexpr int64_t kPagesPerWord = 2;  // 8 counters a page: two for each of a user of one page in each row
+    static constexpr int64_t kPagesPerBlock = 16;  // 8 counters a page: two for each of a user of one page in each row
+    struct alignas(64) Block {
+        std::array<uint64_t, 2 * kRows> words{};  // two a row
+    };
     struct Places {
-        size_t word[kRows];
-        int shift[kRows];
+        size_t block;
+        int word[kRows], shift[kRows];
     };
 
     Places find(uint64_t key) const {
         uint64_t mixed = key * 0x9E3779B97F4A7C15u;
         mixed ^= mixed >> 32;
-        const size_t block = (mixed & (words_.size() / kBlockWords - 1)) * kBlockWords;
-        const uint64_t bits = mixed * 0xC2B2AE3D27D4EB4Fu >> 44;
         Places places;
+        places.block = mixed & (blocks_.size() - 1);
+        const uint64_t bits = mixed * 0xC2B2AE3D27D4EB4Fu >> 44;
         for (int row = 0; row < kRows; ++row) {
             const int counter = bits >> (5 * row) & 31;
-            places.word[row] = block + 2 * row + (counter >> 4);
+            places.word[row] = 2 * row + (counter >> 4);
             places.shift[row] = (counter & 15) * 4;
         }
         return places;
     }
 
-    int read(const Places& places, int row) const { return words_[places.word[row]] >> places.shift[row] & 15; }
-    uint64_t& word(const Places& places, int row) { return words_[places.word[row]]; }
+    int read(const Places& places, int row) const {
+        return blocks_[places.block].words[places.word[row]] >> places.shift[row] & 15;
+    }
+    uint64_t& word(const Places& places, int row) { return blocks_[places.block].words[places.word[row]]; }
 
-    std::vector<uint64_t> words_;  // a power of two
+    std::vector<Block> blocks_;  // a power of two
 };
 
 }  // namespace mtserve

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -16,26 +17,27 @@ namespace mtserve {
 
 class Solo {
 public:
-    Solo(const std::string& name, int64_t capacity_pages)
-        : policy_(make_policy(name, checked_capacity(capacity_pages))), capacity_(capacity_pages) {}
+    Solo(const std::string& name, int64_t capacity_pages, const Oracle* oracle)
+        : policy_(make_policy(name, checked_capacity(capacity_pages), oracle)), capacity_(capacity_pages) {}
 
-    void insert(Slot slot, uint64_t key, int32_t pages) {
+    void insert(Slot slot, uint64_t key, int32_t pages, double now, double cost) {
         if (slot > kLastSlot) throw invalid_argument("slot", std::to_string(slot) + " is above " + std::to_string(kLastSlot));
         if (policy_->contains(slot)) throw invalid_argument("slot", std::to_string(slot) + " is listed already");
-        policy_->insert(slot, {key, checked(pages)}, 0);
+        if (!(cost > 0 && cost <= 1e9)) throw invalid_argument("cost", std::to_string(cost) + " is not above 0 and up to 1e9");
+        policy_->insert(slot, {key, checked(pages), cost}, finite(now));
     }
-    void access(Slot slot) { policy_->access(listed(slot), 0); }
-    void refresh(Slot slot) { policy_->refresh(listed(slot), 0); }
+    void access(Slot slot, double now) { policy_->access(listed(slot), finite(now)); }
+    void refresh(Slot slot, double now) { policy_->refresh(listed(slot), finite(now)); }
     void resize(Slot slot, int32_t pages) { policy_->resize(listed(slot), checked(pages)); }
     void remove(Slot slot, bool evicted) { policy_->remove(listed(slot), evicted); }
 
-    Slot victim(const std::unordered_set<Slot>& pinned) {
+    Slot victim(const std::unordered_set<Slot>& pinned, double now) {
         struct Others final : Policy::Evictable {
             explicit Others(const std::unordered_set<Slot>& pinned) : pinned(pinned) {}
             bool operator()(Slot slot) const override { return !pinned.count(slot); }
             const std::unordered_set<Slot>& pinned;
         };
-        return policy_->victim(Others(pinned), 0);
+        return policy_->victim(Others(pinned), finite(now));
     }
 
     void grow(int64_t pages) {
@@ -48,8 +50,10 @@ public:
     const Policy& policy() const { return *policy_; }
 
     // Requests of whole users, one after the other, each of pages[user] pages; the users of the last `recent` requests
-    // are pinned. Returns how many requests found their user. Slots are given out as the index does: the last freed first.
-    int64_t replay(const int32_t* users, int64_t requests, const int32_t* pages, int64_t known, int64_t recent) {
+    // are pinned. One request follows the other after `every_s` seconds, from `start_s` on. Returns how many requests found
+    // their user. Slots are given out as the index does: the last freed first.
+    int64_t replay(const int32_t* users, int64_t requests, const int32_t* pages, int64_t known, int64_t recent,
+                   double start_s, double every_s) {
         if (policy_->size() != user_of_.size() - free_.size())
             throw failed_precondition("users", "entries came or went by other calls than replay");
         if (slot_of_.size() < static_cast<size_t>(known)) slot_of_.resize(static_cast<size_t>(known), kNoSlot);
@@ -57,11 +61,12 @@ public:
         int64_t hits = 0;
         for (int64_t i = 0; i < requests; ++i) {
             const int32_t user = users[i];
+            const double now = start_s + static_cast<double>(i) * every_s;
             if (slot_of_[user] != kNoSlot) {
-                policy_->access(slot_of_[user], 0);
+                policy_->access(slot_of_[user], now);
                 ++hits;
-            } else if (make_room(pages[user], pinned)) {
-                policy_->insert(seat(user), {xxh64(&user, sizeof user, 0), pages[user]}, 0);
+            } else if (make_room(pages[user], pinned, now)) {
+                policy_->insert(seat(user), {xxh64(&user, sizeof user, 0), pages[user]}, now);
             }
             pinned.add(user);
         }
@@ -91,6 +96,11 @@ private:
         return pages;
     }
 
+    static double finite(double now) {
+        if (!std::isfinite(now)) throw invalid_argument("now", "needs a finite number of seconds");
+        return now;
+    }
+
     static int32_t checked(int32_t pages) {
         if (pages < 1) throw invalid_argument("pages", std::to_string(pages) + " is less than 1");
         return pages;
@@ -101,9 +111,9 @@ private:
         return slot;
     }
 
-    bool make_room(int32_t pages, const Recent& pinned) {
+    bool make_room(int32_t pages, const Recent& pinned, double now) {
         while (policy_->pages() + pages > capacity_) {
-            const Slot slot = policy_->victim(pinned, 0);
+            const Slot slot = policy_->victim(pinned, now);
             if (slot == kNoSlot) return false;
             policy_->remove(slot, true);
             slot_of_[user_of_[slot]] = kNoSlot;

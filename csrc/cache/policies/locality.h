@@ -1,0 +1,175 @@
+// Locality: the page goes from which the fewest hits a second can be expected (the densities of ages.h), by how users
+// of the kind of its own come back after as long as it has been idle.
+//
+// A user's kind is the size of its states and how often it asked of late, which is remembered of users that were evicted,
+// too (habits.h). How each kind comes back is learned while serving (watch.h). Each kind is a queue in order of last
+// requests whose oldest entry is its candidate; of candidates equally dense, as all are where the clock stands still, the
+// one used first goes, and until something is learned, the one idle longest: that is LRU.
+//
+// 40 bytes an entry, 32 to 64 of habits for each and 1.2 MB of the watched; O(1): a choice among the 32 kinds. Pinned
+// entries are passed over where they are.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "habits.h"
+#include "queued.h"
+#include "watch.h"
+
+namespace mtserve {
+
+struct LocalNote {
+    uint64_t key = 0;
+    double last = 0;    // request, s
+    uint32_t turn = 0;  // number of the last use
+    Frequency frequency;
+    uint8_t size = 0;   // level of the most pages that it had
+};
+
+constexpr int8_t kSizeLevels = 8, kRateLevels = 4;
+
+class Locality final : public Queued<LocalNote, kSizeLevels * kRateLevels> {
+public:
+    Locality() : watch_(kKinds) {
+        cost_.fill(1);
+        learn();
+    }
+
+    void insert(Slot slot, const Facts& facts, double now) override {
+        const auto [frequency, last] = habits_.take(facts.key);
+        const uint8_t size = size_level(facts.pages);
+        const LocalNote note{facts.key, now, ++turn_, frequency.after(now - last), size};
+        const int8_t kind = kind_of(note);
+        cost_[kind] += (facts.cost - cost_[kind]) / kCosts;
+        push_newest(slot, kind, facts.pages, note);
+        candidates_[kind].slot = kNoSlot;
+        habits_.fit(Queued::size());
+        request(facts.key, kind, now);
+    }
+
+    void access(Slot slot, double now) override {
+        LocalNote& known = note(slot);
+        known.frequency = known.frequency.after(now - known.last);
+        request(known.key, kind_of(known), now);
+        refresh(slot, now);
+    }
+
+    void refresh(Slot slot, double now) override {
+        LocalNote& known = note(slot);
+        known.last = now;
+        known.turn = ++turn_;
+        forget_candidate(slot);
+        move_to_newest(slot, kind_of(known));
+        forget_candidate(slot);
+    }
+
+    void resize(Slot slot, int32_t pages) override {
+        Queued::resize(slot, pages);
+        note(slot).size = std::max(note(slot).size, size_level(pages));
+    }
+
+    void remove(Slot slot, bool evicted) override {
+        if (evicted) habits_.put(note(slot).key, {note(slot).frequency, note(slot).last});
+        forget_candidate(slot);
+        drop(slot);
+    }
+
+    Slot victim(const Evictable& evictable, double now) override {
+        if (std::abs(now - scored_at_) >= kScoredFor) {
+            scored_at_ = now;
+            for (Candidate& each : candidates_) each.slot = kNoSlot;
+        }
+        Candidate best;
+        for (int8_t kind = 0; kind < kKinds; ++kind) {
+            Candidate& each = candidates_[kind];
+            if (each.slot != queue(kind).oldest) each = candidate(queue(kind).oldest);
+            if (each < best) best = each;
+        }
+        if (best.slot == kNoSlot || evictable(best.slot)) return best.slot;
+        best = {};
+        for (int8_t kind = 0; kind < kKinds; ++kind) {
+            const Candidate each = candidate(oldest(kind, evictable));
+            if (each < best) best = each;
+        }
+        return best.slot;
+    }
+
+    void check() const override {
+        Queued::check();
+        watch_.check();
+        habits_.check();
+    }
+
+private:
+    static constexpr int8_t kKinds = kSizeLevels * kRateLevels;
+    static constexpr int kCosts = 64;          // insertions over which a kind's cost is a mean
+    static constexpr int kLearnEvery = 4096;   // requests
+    static constexpr double kScoredFor = 1;   // s
+    static constexpr double kSeldom = 32, kOftener = 2;  // requests of the lowest level, and the step to the next
+    struct Candidate {
+        Slot slot = kNoSlot;
+        uint32_t turn = 0;
+        double density = 0;
+        bool operator<(const Candidate& other) const {
+            if (slot == kNoSlot || other.slot == kNoSlot) return slot != kNoSlot;
+            return density != other.density ? density < other.density : static_cast<int32_t>(turn - other.turn) < 0;
+        }
+    };
+
+    // Below 8 pages, 16, 32, ... 512, and more.
+    static uint8_t size_level(int32_t pages) {
+        uint8_t level = 0;
+        for (int32_t bound = 8; level + 1 < kSizeLevels && pages >= bound; bound *= 2) ++level;
+        return level;
+    }
+
+    static int8_t kind_of(const LocalNote& note) {
+        int8_t rate = 0;
+        for (double bound = kSeldom; rate + 1 < kRateLevels && note.frequency.requests() > bound; bound *= kOftener) ++rate;
+        return static_cast<int8_t>(note.size * kRateLevels + rate);
+    }
+
+    void request(uint64_t key, int8_t kind, double now) {
+        watch_.request(key, kind, now);
+        if (++requests_ % kLearnEvery == 0) learn();
+    }
+
+    void learn() {
+        const std::vector<Returns> returns = watch_.returns();
+        for (int8_t kind = 0; kind < kKinds; ++kind) {
+            density_[kind] = densities(returns[kind]);
+            for (double& each : density_[kind]) each += std::log(cost_[kind]);
+            candidates_[kind].slot = kNoSlot;
+        }
+    }
+
+    void forget_candidate(Slot slot) {
+        const int8_t kind = node(slot).queue;
+        if (queue(kind).oldest == slot) candidates_[kind].slot = kNoSlot;
+    }
+
+    // Who asked this very second is in any case the last to go.
+    Candidate candidate(Slot slot) const {
+        if (slot == kNoSlot) return {};
+        const LocalNote& note = node(slot).note;
+        const double place = Ages::place(scored_at_ - note.last);
+        if (place < 1) return {slot, note.turn, std::numeric_limits<double>::infinity()};
+        return {slot, note.turn, density_at(density_[node(slot).queue], place)};
+    }
+
+    Watch watch_;
+    Habits habits_;
+    std::array<Densities, kKinds> density_{};
+    std::array<double, kKinds> cost_{};        // of restoring a page, the mean of those inserted last
+    std::array<Candidate, kKinds> candidates_{};
+    double scored_at_ = 0;
+    uint32_t turn_ = 0;
+    uint64_t requests_ = 0;
+};
+
+}  // namespace mtserve
