@@ -168,7 +168,8 @@ class Locality(Model):
 
     @staticmethod
     def one_more(frequency: int, idle: float) -> int:
-        return int(min(65535.0, frequency * math.exp2(-max(0.0, idle) / (7 * 86400.0)) + 64 + 0.5))
+        left = frequency if idle < 60 else frequency * math.exp2(-idle / (7 * 86400.0))
+        return int(min(65535.0, left + 64 + 0.5))
 
     def inserted(self, slot: int) -> None:
         frequency, last = self.habits.take(self.keys[slot])

@@ -20,9 +20,10 @@ struct Frequency {
     static constexpr double kOne = 64;
     uint16_t value = 0;
 
+    // With a request after so much time; what a minute takes away is less than rounding does.
     Frequency after(double idle_s) const {
-        const double left = value * std::exp2(-std::max(0.0, idle_s) / kHalfLife) + kOne;
-        return {static_cast<uint16_t>(std::min(65535.0, left + 0.5))};
+        const double left = idle_s < 60 ? value : value * std::exp2(-idle_s / kHalfLife);
+        return {static_cast<uint16_t>(std::min(65535.0, left + kOne + 0.5))};
     }
     double requests() const { return value / kOne; }
 };

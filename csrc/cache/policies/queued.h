@@ -19,27 +19,27 @@ public:
     void resize(Slot slot, int32_t pages) override {
         Node& node = nodes_[slot];
         queues_[node.queue].pages += pages - node.pages;
+        pages_ += pages - node.pages;
         node.pages = pages;
     }
 
     void grow(int64_t) override {}
     bool contains(Slot slot) const final { return slot < nodes_.size() && nodes_[slot].queue != kNowhere; }
 
-    size_t size() const final {
-        size_t total = 0;
-        for (const Queue& queue : queues_) total += queue.size;
-        return total;
-    }
-
-    int64_t pages() const final {
-        int64_t total = 0;
-        for (const Queue& queue : queues_) total += queue.pages;
-        return total;
-    }
+    size_t size() const final { return size_; }
+    int64_t pages() const final { return pages_; }
 
     void check() const override {
-        size_t listed = 0;
+        size_t listed = 0, queued = 0;
+        int64_t pages = 0;
         for (const Node& node : nodes_) listed += node.queue != kNowhere;
+        for (const Queue& queue : queues_) {
+            queued += queue.size;
+            pages += queue.pages;
+        }
+        if (queued != size_ || pages != pages_)
+            throw corrupt_state("policy", "queues have " + std::to_string(queued) + " of " + std::to_string(size_) + " entries, " +
+                                              std::to_string(pages) + " of " + std::to_string(pages_) + " pages");
         if (listed != size()) throw corrupt_state("policy", std::to_string(listed) + " listed, not " + std::to_string(size()));
         for (int8_t queue = 0; queue < kQueues; ++queue) check_queue(queue);
     }
@@ -98,7 +98,9 @@ private:
         (queue.newest == kNoSlot ? queue.oldest : nodes_[queue.newest].newer) = slot;
         queue.newest = slot;
         queue.pages += node.pages;
+        pages_ += node.pages;
         ++queue.size;
+        ++size_;
     }
 
     void unlink(Slot slot) {
@@ -107,7 +109,9 @@ private:
         (node.older == kNoSlot ? queue.oldest : nodes_[node.older].newer) = node.newer;
         (node.newer == kNoSlot ? queue.newest : nodes_[node.newer].older) = node.older;
         queue.pages -= node.pages;
+        pages_ -= node.pages;
         --queue.size;
+        --size_;
     }
 
     void check_queue(int8_t which) const {
@@ -129,6 +133,8 @@ private:
 
     std::vector<Node> nodes_;
     std::array<Queue, kQueues> queues_;
+    size_t size_ = 0;     // of all queues
+    int64_t pages_ = 0;
 };
 
 }  // namespace mtserve
