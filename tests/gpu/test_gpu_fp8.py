@@ -177,7 +177,7 @@ def relative_l2(pending: Sequence[Pending]) -> float:
 @pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
 def test_scores_through_both_tiers_are_those_of_a_recompute_that_rounds(head_dim: int, deterministic: bool) -> None:
     options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "page_tokens": 64, "gpu_format": "fp8"}
-    sizes = {"gpu_pages": 22, "host_pages": 80}
+    sizes: dict[str, Any] = {"gpu_pages": 22, "host_pages": 80, "restore": "load"}
     eager = World(model_of(head_dim), kernels="eager", **options, **sizes)
     w = World(model_of(head_dim), deterministic=deterministic, **options, **sizes)
     assert w.engine._core.kernels == "cuda"
@@ -195,6 +195,6 @@ def test_scores_through_both_tiers_are_those_of_a_recompute_that_rounds(head_dim
                     each.put(filler, 500)
                 finish(each, [each.submit(filler)])
         assert each.value("load_bytes_total") > 0
-        each.assert_idle()
         each.engine.close()
+        each.engine.check()
     assert max(errors["cuda"]) <= 1.5 * max(errors["eager"])
