@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtserve.config import EngineConfig, ModelConfig
-from mtserve.model.cut import cut_histories
+from mtserve.config import EngineConfig
 from mtserve.restore.choice import Need, Work, user_work
+from mtserve.trace.demand import Demand
 from mtserve.trace.machine import Machine
-from mtserve.trace.schema import Ints, SmallInts, Trace
+from mtserve.trace.schema import Ints, SmallInts
 
 SAMPLED = 2048
 
@@ -36,30 +36,28 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Asked:
-    """The sampled requests, in blocks of up to `block`: int64 [K] request numbers and what each sees.
+    """The sampled requests, in blocks of up to `block`: [K] request numbers and what each sees.
 
     `prefix`: its tokens; `frozen`: those of them that all see one another, 0 where attention is causal.
     """
 
     number: Ints
-    prefix: Ints
-    frozen: Ints
-    candidates: Ints
+    prefix: SmallInts
+    frozen: SmallInts
+    candidates: SmallInts
     block: int
     max_rows: int
 
     @classmethod
-    def of(cls, trace: Trace, model: ModelConfig, user_tokens: int, engine: EngineConfig) -> Asked:
-        """Of `trace`, for batches as `engine` limits them."""
-        block = min(engine.max_batch_requests, trace.requests)
-        number = spread(trace.requests, block, max(1, SAMPLED // block))
-        cuts = cut_histories(trace.prefix_lengths()[number], model)
-        frozen = user_tokens + cuts.static_end - cuts.start
+    def of(cls, demand: Demand, engine: EngineConfig) -> Asked:
+        """Of `demand`, for batches as `engine` limits them."""
+        block = min(engine.max_batch_requests, demand.requests)
+        number = spread(demand.requests, block, max(1, SAMPLED // block))
         return cls(
             number=number,
-            prefix=user_tokens + cuts.kept,
-            frozen=frozen if model.static_attention == "full" else np.zeros_like(frozen),
-            candidates=trace.cand_lengths[number],
+            prefix=demand.tokens[number],
+            frozen=demand.frozen[number],
+            candidates=demand.candidates[number],
             block=block,
             max_rows=engine.max_batch_tokens,
         )

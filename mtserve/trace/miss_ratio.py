@@ -17,17 +17,21 @@ import numpy.typing as npt
 
 from mtserve.trace.demand import Demand
 from mtserve.trace.hits import asked_before
+from mtserve.trace.optimum import OPTIMUM, optimum
 from mtserve.trace.reuse import lru_hits
 from mtserve.trace.rounds import Rounds
 from mtserve.trace.sampling import Sample, everybody, most_pages
 from mtserve.trace.schema import Ints, Progress
-from mtserve.trace.simulation import simulate
+from mtserve.trace.simulation import BatchLimits, simulate
 
 LRU = "lru"
 TARGETS = (0.90, 0.95, 0.99, 0.995)
 POINTS = {True: 200, False: 16}  # of a curve; LRU's cost nothing
 SMALLEST_SHARE = 0.005  # of the pages that hold everything, where curves begin
 BISECTIONS = 7  # of the step between two points in which a target is reached
+
+Hits = Callable[[int], int]
+"""Prefix tokens that are found in one tier, by its pages."""
 
 
 class Answer(NamedTuple):
@@ -57,12 +61,21 @@ class Curve:
 
 
 def curves(
-    policies: Sequence[str], sample: Sample, demand: Demand, page_tokens: int, rounds: Rounds, progress: Progress
-) -> list[Curve]:
-    """One of each of `policies`, from `sample` of `demand`. progress: called with (points of all curves done, in all)."""
+    policies: Sequence[str], sample: Sample, demand: Demand, page_tokens: int, limits: BatchLimits, rounds: Rounds,
+    progress: Progress,
+) -> list[Curve]:  # fmt: skip
+    """One of each of `policies`, of which OPTIMUM may be one, from `sample` of `demand`.
+
+    progress: called with (points of all curves done, in all).
+    """
     everything = int(most_pages(demand, page_tokens).sum())
     after_first = _after_first(demand)
-    jobs = [partial(_curve, policy, sample, everything, after_first, page_tokens) for policy in policies]
+    jobs = [
+        partial(
+            _curve, policy, sample, everything, after_first, partial(_hits, policy, sample.demand, page_tokens, limits)
+        )
+        for policy in policies
+    ]
     return rounds.run(jobs, POINTS[False] + BISECTIONS * len(TARGETS), progress)
 
 
@@ -81,14 +94,11 @@ def sampling_error(sample: Sample, demand: Demand, page_tokens: int) -> float:
 
 
 def _curve(
-    policy: str, sample: Sample, everything: int, after_first: float, page_tokens: int, progress: Progress
+    policy: str, sample: Sample, everything: int, after_first: float, prepare: Callable[[], Hits], progress: Progress
 ) -> Curve:
     total = POINTS[False] + BISECTIONS * len(TARGETS)
     known: dict[int, float] = {}
-    if policy == LRU:
-        hits_of = _lru(sample.demand, page_tokens)
-    else:
-        hits_of = partial(_simulated, policy, sample.demand, page_tokens)
+    hits_of = prepare()
 
     def ratio(pages: int) -> float:
         scaled = sample.pages(pages)
@@ -109,15 +119,18 @@ def _sizes(everything: int, points: int) -> Ints:
     return np.unique(np.geomspace(max(1.0, SMALLEST_SHARE * everything), everything, points).round().astype(np.int64))
 
 
-def _lru(demand: Demand, page_tokens: int) -> Callable[[int], int]:
-    hits = lru_hits(demand, page_tokens)
-    return lambda pages: int(hits[min(pages, len(hits) - 1)])
+def _hits(policy: str, demand: Demand, page_tokens: int, limits: BatchLimits) -> Hits:
+    if policy == LRU:
+        hits = lru_hits(demand, page_tokens)
+        return lambda pages: int(hits[min(pages, len(hits) - 1)])
+    if policy == OPTIMUM:
+        return lambda pages: int(optimum(demand, pages, page_tokens).sum(dtype=np.int64))
 
+    def simulated(pages: int) -> int:
+        run = simulate(demand, policy=policy, gpu_pages=pages, host_pages=0, page_tokens=page_tokens, limits=limits)
+        return int(run.gpu_tokens.sum(dtype=np.int64))
 
-def _simulated(policy: str, demand: Demand, page_tokens: int, pages: int) -> int:
-    """Prefix tokens found in one tier."""
-    run = simulate(demand, policy=policy, gpu_pages=pages, host_pages=0, page_tokens=page_tokens)
-    return int(run.gpu_tokens.sum(dtype=np.int64))
+    return simulated
 
 
 def _after_first(demand: Demand) -> float:

@@ -6,13 +6,14 @@ a tier of that share of the pages does to the sample about what the whole tier d
 blocks are, would tear users apart, whose pages come and go together; sampling requests would lengthen all times between
 two of them. What remains is the luck of the draw: a few users of very long histories or very many requests weigh more
 than the rest, and the sample may have too many or too few of them. What can be known of everybody at little cost takes
-part of that away. Capacities scale by the share of pages that the sample really has, and what it finds counts in parts of
+part of that away: capacities scale by the share of pages that the sample really has, and what it finds counts in parts of
 all that it could find, of which everybody's amount is known. SHARDS-adj, which counts the accesses that the sample lacks as
-hits, is three times as far off here (benchmarks/bench_sampling.py): users who are missing were as cold as the rest.
+hits, is two to three times as far off here (benchmarks/bench_sampling.py): users who are missing were as cold as the rest.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ from mtserve.trace.simulate_config import SimulateConfig
 
 HASHES = 1 << 32
 MASK = (1 << 64) - 1
-PER_REQUEST = ("t_s", "tokens", "generation", "tokens_after", "generation_after", "candidates")
+PER_USER = ("users", "keys")
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ def only(demand: Demand, users: SmallInts) -> Demand:
     numbers = np.full(demand.users, -1, dtype=np.int32)
     numbers[users] = np.arange(len(users), dtype=np.int32)
     picked = numbers[demand.user] >= 0
-    return Demand(
-        users=len(users),
-        user=numbers[demand.user[picked]],
-        keys=None if demand.keys is None else demand.keys[users],
-        **{name: getattr(demand, name)[picked] for name in PER_REQUEST},
+    columns = {item.name: getattr(demand, item.name) for item in dataclasses.fields(demand)}
+    picked_columns = {name: column[picked] for name, column in columns.items() if name not in PER_USER}
+    keys = None if demand.keys is None else demand.keys[users]
+    return dataclasses.replace(
+        demand, users=len(users), keys=keys, **{**picked_columns, "user": numbers[demand.user[picked]]}
     )

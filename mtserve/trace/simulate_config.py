@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from mtserve.config import Config, option
+from mtserve.restore.gpus import GPUS
 
 POLICIES = ("lru", "s3fifo", "sieve", "wtinylfu", "arc", "gdsf", "locality", "gap-oracle", "belady")
 
@@ -20,7 +21,7 @@ class SimulateConfig(Config):
         "sizes of the GPU tier, with commas: shares of the trace's working set, or bytes ('38GiB')",
     )
     host_cache: str = option("0,100%", "sizes of the host tier, likewise; 0 is the GPU tier alone")
-    gpu: str = option("h200", "the GPU whose figures foretell throughput and latency", choices=("h200",))
+    gpu: str = option("h200", "the GPU whose figures foretell throughput and latency", choices=tuple(GPUS))
     jobs: int = option(0, "cells simulated at once; 0: as many as there are cores", low=0, high=1024)
     curves: bool = option(True, "also simulate miss-ratio curves, and what memory a target needs")
     sample_users: int = option(

@@ -17,11 +17,13 @@ def demand(user: list[int], tokens: list[int], *, users: int | None = None) -> D
         users=max(user) + 1 if users is None else users,
         user=np.array(user, dtype=np.int32),
         t_s=np.arange(count, dtype=np.float64),
+        candidates=np.ones(count, dtype=np.int32),
         tokens=column,
         generation=zeros,
+        frozen=zeros,
         tokens_after=column,
         generation_after=zeros,
-        candidates=np.ones(count, dtype=np.int32),
+        frozen_after=zeros,
     )
 
 

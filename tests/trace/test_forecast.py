@@ -33,8 +33,8 @@ def _forecast(
     trace: Trace, share: float, *, host: bool = False, pages: int = AMPLE, machine: Machine | None = None
 ) -> Forecast:
     """Of requests that find `share` of their prefix on the GPU, and the rest on the host where `host`."""
-    asked = Asked.of(trace, MODEL, 3, EngineConfig())
-    prefix = demand_of(trace, MODEL, 3).tokens
+    demand = demand_of(trace, MODEL, 3)
+    asked, prefix = Asked.of(demand, EngineConfig()), demand.tokens
     gpu = (share * prefix).astype(np.int32)
     rest = (prefix - 1 - gpu if host else np.zeros_like(prefix)).astype(np.int32)
     return forecast(machine or _machine(), asked, pages, gpu, rest)
@@ -99,8 +99,8 @@ def test_a_tier_with_room_for_few_users_has_small_batches(trace: Trace) -> None:
 
 def test_a_request_is_forecast_with_the_mask_of_its_model(trace: Trace) -> None:
     model = preset("mtgr-small")
-    asked = Asked.of(trace, model, 3, EngineConfig(max_batch_requests=16))
+    asked = Asked.of(demand_of(trace, model, 3), EngineConfig(max_batch_requests=16))
     assert asked.block == 16
     assert (asked.prefix >= asked.frozen).all() and asked.frozen.max() > 3
     assert (asked.prefix - asked.frozen).max() <= model.max_realtime
-    assert (Asked.of(trace, MODEL, 3, EngineConfig()).frozen == 0).all()
+    assert (Asked.of(demand_of(trace, MODEL, 3), EngineConfig()).frozen == 0).all()

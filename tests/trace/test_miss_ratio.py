@@ -13,7 +13,7 @@ from mtserve.trace.reuse import reusable_tokens
 from mtserve.trace.rounds import Rounds
 from mtserve.trace.sampling import Sample, draw, everybody, hash_users, most_pages
 from mtserve.trace.simulate_config import SimulateConfig
-from mtserve.trace.simulation import simulate
+from mtserve.trace.simulation import DEFAULT_LIMITS, simulate
 
 PAGE = 64
 
@@ -26,7 +26,7 @@ def wide() -> Demand:
 
 
 def _curves(of: Demand, sample: Sample, *policies: str) -> list[Curve]:
-    return curves(policies, sample, of, PAGE, Rounds(1), lambda done, total: None)
+    return curves(policies, sample, of, PAGE, DEFAULT_LIMITS, Rounds(1), lambda done, total: None)
 
 
 def test_a_sample_has_whole_users_and_about_its_share(wide: Demand) -> None:
@@ -120,7 +120,10 @@ def test_a_target_above_what_everything_finds_has_no_answer() -> None:
 def test_results_do_not_depend_on_how_many_run_at_once() -> None:
     of = growing(np.random.default_rng(3), users=50, requests=500)
     names = ("lru", "sieve", "arc", "gdsf", "wtinylfu")
-    found = [curves(names, everybody(of), of, PAGE, Rounds(jobs), lambda done, total: None) for jobs in (1, 4)]
+    found = [
+        curves(names, everybody(of), of, PAGE, DEFAULT_LIMITS, Rounds(jobs), lambda done, total: None)
+        for jobs in (1, 4)
+    ]
     assert [curve.policy for curve in found[0]] == list(names)
     for one, four in zip(*found, strict=True):
         assert one.answers == four.answers
