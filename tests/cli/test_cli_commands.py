@@ -22,6 +22,7 @@ from mtserve.trace.generator import GeneratorConfig
 from mtserve.trace.importers.config import ImportConfig
 from mtserve.trace.io import read_trace
 from mtserve.trace.replay_config import ReplayConfig
+from mtserve.trace.simulate_config import SimulateConfig
 
 Capture = pytest.CaptureFixture[str]
 
@@ -36,6 +37,7 @@ def _help(capsys: Capture, *words: str) -> str:
     [
         (("replay",), ((EngineConfig, ""), (ReplayConfig, ""))),
         (("serve",), ((EngineConfig, ""), (ServerConfig, ""), (HistoryConfig, "history-"))),
+        (("simulate",), ((SimulateConfig, ""), (GeneratorConfig, ""))),
         (("trace", "generate"), ((GeneratorConfig, ""),)),
         (("trace", "import"), ((ImportConfig, ""),)),
     ],
