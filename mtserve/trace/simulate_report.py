@@ -78,7 +78,9 @@ def hit_ratio_over_time(axes: Any, study: Study) -> None:
         places = (np.arange(count) + 0.5) * study.trace.requests / count
         axes.plot(places, 100 * np.array(result.over_time), color=colour, linewidth=1.8, label=result.cell.policy)
     axes.set_xlim(0, study.trace.requests)
-    axes.set_ylim(0, 101)
+    least = 100 * min(min(result.over_time) for result in shown)
+    axes.set_ylim(max(0.0, least - 0.5 * (100 - least)), 100.5)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("requests of the trace")
     axes.set_ylabel("prefix tokens found, %")
     axes.set_title("Hit ratio over the trace")
