@@ -270,6 +270,69 @@ def soak_lines(result: Result) -> Lines:
     ]
 
 
+def cells_lines(result: Result) -> Lines:
+    """What one generated trace would find, and the memory that targets take."""
+    cells, sizing = result["cells"], result["sizing"]
+    policies = list(dict.fromkeys(cell["policy"] for cell in cells))
+    sizes: dict[tuple[str, str], dict[str, Result]] = {}
+    for cell in cells:
+        sizes.setdefault((cell["gpu_cache"], cell["host_cache"]), {})[cell["policy"]] = cell
+    columns = [
+        "GPU / host, % of the working set",
+        *(f"{policy}, %" for policy in policies),
+        "optimum, %",
+        "requests/s (lru)",
+    ]
+    rows = []
+    for (gpu, host), found in sizes.items():
+        ratios = [number(100 * found[policy]["hit_ratio"]["token"]["total"], 1) for policy in policies]
+        best = number(100 * found["lru"]["optimum_token_hit_ratio"], 1)
+        rows.append([f"{gpu} / {host}", *ratios, best, number(found["lru"]["predicted"]["requests_per_s"], 0)])
+    first = cells[0]
+    targets = list(sizing["curves"][0]["bytes_for_after_first"])
+    memory = [
+        [
+            curve["policy"],
+            *("-" if size is None else f"{size / 2**30:.0f}" for size in curve["bytes_for_after_first"].values()),
+        ]
+        for curve in sizing["curves"]
+    ]
+    return [
+        f"`mtserve simulate` of a generated trace (calibrated-synthetic; {result['users']:,} users, {first['requests']:,} requests),",
+        f"`{first['model']}`, working set {first['working_set_bytes'] / 2**30:,.0f} GiB: prefix tokens found in both tiers, and what an "
+        f"{first['machine']} is predicted",
+        f"to answer (commit {result['commit']}, seed {result['seed']}):",
+        "",
+        *table(columns, rows),
+        "",
+        "GiB of one tier for a token hit ratio after each user's first request, from "
+        f"{sizing['sampled_users']:,} sampled users (LRU's curve is off by {100 * sizing['lru_mean_absolute_error']:.2f} points in the mean):",
+        "",
+        *table(["policy", *(f"{100 * float(target):g}%" for target in targets)], memory),
+    ]
+
+
+def sampling_lines(result: Result) -> Lines:
+    """How far off a sample's miss-ratio curve is."""
+    columns = ["users, requests, model, share sampled", "ours: mean / largest, points", "SHARDS-adj", "uncorrected"]
+    rows = [
+        [
+            f"{row['users']:,}, {row['requests']:,}, {row['model']}, {row['rate']:g}",
+            *(
+                f"{row[f'{way}_mean_points']:.2f} / {row[f'{way}_largest_points']:.2f}"
+                for way in ("ours", "adjusted", "plain")
+            ),
+        ]
+        for row in result["results"]
+    ]
+    return [
+        f"LRU's miss-ratio curve from some of the users: |sampled - exact| of the token hit ratio over {result['points']} sizes,",
+        f"{result['seeds']} samples (commit {result['commit']}, seed {result['seed']}):",
+        "",
+        *table(columns, rows),
+    ]
+
+
 def planning_lines(result: Result) -> Lines:
     return [
         f"Planning a batch of {result['batch_users']} users (lookup, page allocation, policy, publication) beside",
@@ -301,6 +364,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[Result], Lines]], ...] = (
     ("soak_cuda_2.json", "python benchmarks/soak.py --device cuda", soak_lines),
     ("formats.json", "python benchmarks/bench_formats.py", format_lines),
     ("gpu_format.json", "python benchmarks/bench_gpu_format.py", gpu_format_lines),
+    ("cells.json", "python benchmarks/bench_cells.py", cells_lines),
+    ("sampling.json", "python benchmarks/bench_sampling.py", sampling_lines),
     ("planning.json", "make bench", planning_lines),
     ("history.json", "make bench", history_lines),
 )

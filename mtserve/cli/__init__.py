@@ -14,6 +14,7 @@ from mtserve.errors import InvalidArgument, MtserveError, NotFound
 COMMANDS = {
     "serve": "run the gRPC server",
     "replay": "drive a trace through the engine, with the cache and without: hit ratio, speedup, memory",
+    "simulate": "what a trace would find in tiers of any size, under any policy, and what memory a target takes",
     "trace": "generate a trace, import one from a public log, or look into one",
     "inspect": "what a model, a history folder or a trace is made of",
 }
@@ -21,6 +22,7 @@ EPILOG = """\
 examples:
   mtserve trace generate --users 200 --requests 2000 --out demo.jsonl.gz
   mtserve replay demo.jsonl.gz --gpu-cache 25%ws --host-cache 100%ws
+  mtserve simulate demo.jsonl.gz --gpu-cache 5%,10%,25% --policy lru,s3fifo
   mtserve inspect mtgr-small
   mtserve serve --model model.safetensors --config mtserve.toml
 

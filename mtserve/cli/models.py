@@ -17,14 +17,14 @@ DEFAULT = "tiny"
 MAX_SEED = 2**31 - 1
 
 
-def add_model(parser: argparse.ArgumentParser, *, seed: bool) -> None:
+def add_model(parser: argparse.ArgumentParser, *, seed: bool, default: str = DEFAULT) -> None:
     """--model, and --seed where nothing else of the command has one."""
     parser.add_argument(
         "--model",
         dest="model.source",
         metavar="NAME|FILE",
         default=argparse.SUPPRESS,
-        help=f"a preset (see `mtserve inspect`), its weights seeded and untrained, or a .safetensors file (default {DEFAULT})",
+        help=f"a preset (see `mtserve inspect`), its weights seeded and untrained, or a .safetensors file (default {default})",
     )
     if seed:
         parser.add_argument(
@@ -50,6 +50,16 @@ def load_model(table: dict[str, Any]) -> RankingModel:
 
         return load(source)
     return _preset(source, seed, fields)
+
+
+def model_shape(source: str) -> tuple[ModelConfig, int]:
+    """(configuration, number of U features) of the model that `source`, a preset or a file, names."""
+    if is_file(source):
+        model = load_model({"source": source})
+        return model.config, len(model.schema.user)
+    from mtserve.model.presets import default_schema, preset
+
+    return preset(source), len(default_schema().user)
 
 
 def is_file(source: str) -> bool:

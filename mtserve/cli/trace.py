@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 
 from mtserve.cli.console import Phases
-from mtserve.cli.flags import add_fields, build, check_writable, given, make_parser
+from mtserve.cli.flags import add_fields, build, check_writable, make_parser
+from mtserve.cli.generator_flags import add_generator, generator_config
 from mtserve.config import read_toml
 from mtserve.trace.generator import generate
-from mtserve.trace.generator_config import PARTS, GeneratorConfig
 from mtserve.trace.importers import IMPORTERS, import_trace
 from mtserve.trace.importers.config import ImportConfig
 from mtserve.trace.info import info, info_text
@@ -57,8 +56,6 @@ examples:
   the same as a drawing (needs the extra [report]):
     mtserve trace info demo.jsonl.gz --report plots/
 """
-PREFIXES = {"week": "", "bursts": "bursts-", "crowds": "crowd-", "newcomers": "newcomer-", "launches": "launch-"}
-"""What the flags of a part of the generator's configuration begin with."""
 
 
 def run(words: list[str]) -> int:
@@ -85,28 +82,14 @@ def _generate(words: list[str]) -> int:
     )
     _add_out(parser)
     parser.add_argument("--config", metavar="FILE", help="TOML file with the table [generator]; flags win")
-    plain = [item.name for item in dataclasses.fields(GeneratorConfig) if item.name not in PARTS]
-    add_fields(parser, GeneratorConfig, "generator", only=plain, title="generator")
-    for name, part in PARTS.items():
-        add_fields(parser, part, name, prefix=PREFIXES[name], title=f"generator: {name}")
+    add_generator(parser)
     args = parser.parse_args(words)
     _check_out(args.out)
-    config = _generator_config(args)
+    config = generator_config(args, read_toml(args.config, ("generator",))["generator"] if args.config else {})
     with Phases() as phases:
         trace = generate(config, lambda done, total: phases("generating requests", done, total))
         _write(trace, args.out, phases)
     return 0
-
-
-def _generator_config(args: argparse.Namespace) -> GeneratorConfig:
-    """From the file's table [generator], and the flags over it."""
-    table = read_toml(args.config, ("generator",))["generator"] if args.config else {}
-    table |= given(args, "generator")
-    for name in PARTS:
-        part = table.get(name, {})
-        # What is no table is left for the configuration to refuse.
-        table[name] = part | given(args, name) if isinstance(part, dict) else part
-    return GeneratorConfig.from_table(table)
 
 
 def _import(words: list[str]) -> int:

@@ -68,13 +68,13 @@ class CostCache:
 
     def get(self, key: CostKey) -> Costs | None:
         """What was put last for an equal key."""
-        return self._read().get(key)
+        return self.entries().get(key)
 
     def put(self, key: CostKey, costs: Costs) -> None:
         """Keep `costs`, and let the oldest go where there are too many."""
         if self._path is None:
             return
-        kept = self._read()
+        kept = self.entries()
         kept.pop(key, None)
         kept[key] = costs
         newest = list(kept.items())[-self._entries :]
@@ -84,7 +84,7 @@ class CostCache:
         except OSError as error:
             log.warning("calibrated costs were not kept: %s", error)
 
-    def _read(self) -> dict[CostKey, Costs]:
+    def entries(self) -> dict[CostKey, Costs]:
         """Every good entry of the file, oldest first."""
         if self._path is None:
             return {}

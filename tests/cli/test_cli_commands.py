@@ -14,7 +14,7 @@ import pytest
 
 import mtserve
 from mtserve.cli import COMMANDS, main
-from mtserve.cli.trace import PREFIXES
+from mtserve.cli.generator_flags import PREFIXES
 from mtserve.config import Config, EngineConfig, HistoryConfig, ServerConfig
 from mtserve.history.open import open_history
 from mtserve.model.presets import build, default_schema
@@ -23,6 +23,7 @@ from mtserve.trace.generator_config import PARTS, GeneratorConfig
 from mtserve.trace.importers.config import ImportConfig
 from mtserve.trace.io import read_trace
 from mtserve.trace.replay_config import ReplayConfig
+from mtserve.trace.simulate_config import SimulateConfig
 
 Capture = pytest.CaptureFixture[str]
 
@@ -32,15 +33,16 @@ def _help(capsys: Capture, *words: str) -> str:
     return capsys.readouterr().out
 
 
+GENERATOR = ((GeneratorConfig, ""), *((part, PREFIXES[name]) for name, part in PARTS.items()))
+
+
 @pytest.mark.parametrize(
     ("words", "configs"),
     [
         (("replay",), ((EngineConfig, ""), (ReplayConfig, ""))),
         (("serve",), ((EngineConfig, ""), (ServerConfig, ""), (HistoryConfig, "history-"))),
-        (
-            ("trace", "generate"),
-            ((GeneratorConfig, ""), *((part, PREFIXES[name]) for name, part in PARTS.items())),
-        ),
+        (("simulate",), ((SimulateConfig, ""), *GENERATOR)),
+        (("trace", "generate"), GENERATOR),
         (("trace", "import"), ((ImportConfig, ""),)),
     ],
 )

@@ -1,0 +1,56 @@
+"""The machine that a simulation foretells: what one batch of it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mtserve.config import EngineConfig, ModelConfig
+from mtserve.engine.footprint import link_shape, packed_format
+from mtserve.engine.setup import page_shape
+from mtserve.restore.choice import AUTO, Layout, Need, Work, choose
+from mtserve.restore.costs import Costs
+from mtserve.restore.gpus import GpuFigures
+from mtserve.transfer.cuda_mover import MAX_GROUPS, SPLIT_GROUP_BYTES, layer_groups
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`costs` of one shape of model there, and how its pages cross the link.
+
+    `request_s`: of the loop for each request of a batch. `link_page_bytes`: of a page on the link.
+    """
+
+    costs: Costs
+    request_s: float
+    layers: int
+    page_tokens: int
+    link_page_bytes: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, engine: EngineConfig, dtype: torch.dtype, figures: GpuFigures | Costs) -> Machine:
+        """From rates of a GPU, or from costs that an engine has measured: these know of no cost of a request."""
+        states = page_shape(model, engine, dtype)
+        packed = packed_format(model, engine, states)
+        link_page_bytes = link_shape(states, packed).bytes
+        if isinstance(figures, Costs):
+            return cls(figures, 0.0, model.layers, engine.page_tokens, link_page_bytes)
+        costs = figures.costs(model, packed=packed is not None)
+        return cls(costs, figures.request_s, model.layers, engine.page_tokens, link_page_bytes)
+
+    def batch_s(self, needs: Sequence[Need], others: Sequence[Work], way: str = AUTO) -> float:
+        """Seconds of one batch on an idle machine: of users with states on the host alone, and of other users."""
+        layout = self._layout(())
+        layout = self._layout(layer_groups(self.layers, self._groups(sum(layout.pages(need) for need in needs))))
+        work = Work(sum(each.rows for each in others), sum(each.pairs for each in others))
+        beside_s = self.request_s * (len(needs) + len(others))
+        return choose(self.costs, layout, needs, work, way=way).predicted_s + beside_s
+
+    def _layout(self, groups: tuple[int, ...]) -> Layout:
+        return Layout(self.layers, self.page_tokens, self.link_page_bytes // self.layers, groups)
+
+    def _groups(self, pages: int) -> int:
+        """Groups of layers in which a load of so many pages comes, as the engine's mover decides."""
+        return max(1, min(MAX_GROUPS, pages * self.link_page_bytes // SPLIT_GROUP_BYTES))
