@@ -86,14 +86,18 @@ public:
         }
         Candidate best;
         for (int8_t kind = 0; kind < kKinds; ++kind) {
+            const Slot slot = queue(kind).oldest;
+            if (slot == kNoSlot) continue;
             Candidate& each = candidates_[kind];
-            if (each.slot != queue(kind).oldest) each = candidate(queue(kind).oldest);
+            if (each.slot != slot) each = candidate(slot);
             if (each < best) best = each;
         }
         if (best.slot == kNoSlot || evictable(best.slot)) return best.slot;
         best = {};
         for (int8_t kind = 0; kind < kKinds; ++kind) {
-            const Candidate each = candidate(oldest(kind, evictable));
+            const Slot slot = oldest(kind, evictable);
+            if (slot == kNoSlot) continue;
+            const Candidate each = candidate(slot);
             if (each < best) best = each;
         }
         return best.slot;
@@ -116,7 +120,7 @@ private:
         uint32_t turn = 0;
         double density = 0;
         bool operator<(const Candidate& other) const {
-            if (slot == kNoSlot || other.slot == kNoSlot) return slot != kNoSlot;
+            if (other.slot == kNoSlot) return true;
             return density != other.density ? density < other.density : static_cast<int32_t>(turn - other.turn) < 0;
         }
     };
@@ -155,7 +159,6 @@ private:
 
     // Who asked this very second is in any case the last to go.
     Candidate candidate(Slot slot) const {
-        if (slot == kNoSlot) return {};
         const LocalNote& note = node(slot).note;
         const double place = Ages::place(scored_at_ - note.last);
         if (place < 1) return {slot, note.turn, std::numeric_limits<double>::infinity()};
