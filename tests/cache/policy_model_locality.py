@@ -58,13 +58,13 @@ class Watch:
         return (key * 0x9E3779B97F4A7C15 & MASK) >> 32 & self.mask == 0
 
     def catch_up(self, user: list[float], now: float) -> None:
-        while user[3] < age_of(now - user[1]):
+        while user[3] + 1 < AGES and now - user[1] >= begin(int(user[3]) + 1):
             self.passed[int(user[2])][int(user[3])] += 1
             user[3] += 1
 
     def request(self, key: int, kind: int, now: float) -> None:
-        for _ in range(min(4, len(self.users))):
-            self.at = (self.at + 1) if self.at + 1 < len(self.users) else 0
+        self.at = (self.at + 1) if self.at + 1 < len(self.users) else 0
+        if self.users:
             self.catch_up(self.users[self.at], now)
         if not self.watches(key):
             return
@@ -140,11 +140,12 @@ class Locality(Model):
         self.frequency: dict[int, int] = {}
         self.size: dict[int, int] = {}
         self.costs = [1.0] * KINDS
-        self.turns = self.requests = 0
+        self.turns = self.requests = self.learn_at = 0
         self.scored_at = 0.0
         self.learn()
 
     def learn(self) -> None:
+        self.learn_at += min(max(self.learn_at, 64), 16384)
         self.density = [
             [each + math.log(cost) for each in densities(returns)]
             for returns, cost in zip(self.watch.returns(), self.costs, strict=True)
@@ -153,7 +154,7 @@ class Locality(Model):
     def request(self, slot: int) -> None:
         self.watch.request(self.keys[slot], self.kind_of(slot), self.now)
         self.requests += 1
-        if self.requests % 4096 == 0:
+        if self.requests == self.learn_at:
             self.learn()
 
     @staticmethod
@@ -168,7 +169,7 @@ class Locality(Model):
 
     @staticmethod
     def one_more(frequency: int, idle: float) -> int:
-        left = frequency if idle < 60 else frequency * math.exp2(-idle / (7 * 86400.0))
+        left = frequency / (1 + max(0.0, idle) / (7 * 86400.0))
         return int(min(65535.0, left + 64 + 0.5))
 
     def inserted(self, slot: int) -> None:

@@ -81,7 +81,7 @@ CLOCKS = {
 def test_victims_are_those_of_the_model_by_any_clock(clock: str):
     rng = random.Random(7)
     pair = Pair(400)
-    _live(pair, rng, 9000, CLOCKS[clock](rng))  # past the second time that densities are learned
+    _live(pair, rng, 9000, CLOCKS[clock](rng))  # past several times that densities are learned
     assert len(pair.victims) > 500
     while (slot := pair.tell("victim", [], 3e6)) is not None:
         pair.tell("remove", slot, True)

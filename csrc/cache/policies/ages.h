@@ -17,7 +17,6 @@ struct Ages {
         const double part = std::frexp(idle_s, &exponent);
         return 2 * exponent - 3 + 4 * part;
     }
-    static int of(double idle_s) { return static_cast<int>(std::min<double>(kCount - 1, place(idle_s))); }
     static double begin(int age) { return age == 0 ? 0 : std::ldexp(age % 2 ? 1.0 : 1.5, (age - 1) / 2); }
     // Of the open one: as long again as all before it.
     static double seconds(int age) { return age + 1 < kCount ? begin(age + 1) - begin(age) : begin(age); }

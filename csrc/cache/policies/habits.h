@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -14,15 +13,15 @@
 
 namespace mtserve {
 
-// Requests, a request counting half when kHalfLife has passed since; in 64ths.
+// Requests of late, in 64ths: after a pause of kHalfLife half of them are left, after two a third.
 struct Frequency {
     static constexpr double kHalfLife = 7 * 86400.0;  // s
     static constexpr double kOne = 64;
     uint16_t value = 0;
 
-    // With a request after so much time; what a minute takes away is less than rounding does.
+    // With one more after so much time.
     Frequency after(double idle_s) const {
-        const double left = idle_s < 60 ? value : value * std::exp2(-idle_s / kHalfLife);
+        const double left = value / (1 + std::max(0.0, idle_s) / kHalfLife);
         return {static_cast<uint16_t>(std::min(65535.0, left + kOne + 0.5))};
     }
     double requests() const { return value / kOne; }

@@ -112,7 +112,7 @@ public:
 private:
     static constexpr int8_t kKinds = kSizeLevels * kRateLevels;
     static constexpr int kCosts = 64;          // insertions over which a kind's cost is a mean
-    static constexpr int kLearnEvery = 4096;   // requests
+    static constexpr uint64_t kLearnFirst = 64, kLearnEvery = 16384;  // requests
     static constexpr double kScoredFor = 1;   // s
     static constexpr double kSeldom = 32, kOftener = 2;  // requests of the lowest level, and the step to the next
     struct Candidate {
@@ -140,10 +140,12 @@ private:
 
     void request(uint64_t key, int8_t kind, double now) {
         watch_.request(key, kind, now);
-        if (++requests_ % kLearnEvery == 0) learn();
+        if (++requests_ == learn_at_) learn();
     }
 
+    // Often at first, then now and then.
     void learn() {
+        learn_at_ += std::clamp(learn_at_, kLearnFirst, kLearnEvery);
         const std::vector<Returns> returns = watch_.returns();
         for (int8_t kind = 0; kind < kKinds; ++kind) {
             density_[kind] = densities(returns[kind]);
@@ -172,7 +174,7 @@ private:
     std::array<Candidate, kKinds> candidates_{};
     double scored_at_ = 0;
     uint32_t turn_ = 0;
-    uint64_t requests_ = 0;
+    uint64_t requests_ = 0, learn_at_ = 0;
 };
 
 }  // namespace mtserve

@@ -76,7 +76,8 @@ private:
     // The gap after request `i`, `sign` times.
     void add(Gaps& gaps, const std::vector<double>& times, size_t i, int sign) const {
         const bool last = i + 1 == times.size();
-        const int age = Ages::of((last ? end_ : times[i + 1]) - times[i]);
+        const double gap = (last ? end_ : times[i + 1]) - times[i];
+        const int age = std::min(Ages::kCount - 1, static_cast<int>(Ages::place(gap)));
         for (int before = 0; before < age; ++before) gaps.passed[before] += sign;
         if (!last) gaps.ended[age] += sign;
     }

@@ -4,7 +4,7 @@
 // All users are watched until there are kMost; then half of the keys, and so on, so that the work for a request does not
 // depend on how many users there are. A user is watched whether the tier holds it or not, for else those it lost would
 // seem never to come back. A gap counts at every age that it passes and at the one where it ends; a round over the
-// watched, some at each request, counts what passed of gaps that may never end. All counts are halved when kMemory gaps
+// watched, one at each request, counts what passed of gaps that may never end. All counts are halved when kMemory gaps
 // of each of the watched have ended. 24 bytes for each of kMost users, and some 50 of the table that finds them: 1.2 MB.
 #pragma once
 
@@ -26,14 +26,14 @@ class Watch {
 public:
     static constexpr size_t kMost = 1 << 14;
 
-    explicit Watch(int classes) : counts_(classes) {}
+    explicit Watch(int classes) : counts_(classes) {
+        for (int age = 0; age < Ages::kCount; ++age) begins_[age] = Ages::begin(age);
+    }
 
     // The user asks at `now` and is of class `next` until the request after this one.
     void request(uint64_t key, int next, double now) {
-        for (size_t i = std::min<size_t>(kRound, users_.size()); i > 0; --i) {
-            at_ = at_ + 1 < users_.size() ? at_ + 1 : 0;
-            pass(users_[at_], now);
-        }
+        at_ = at_ + 1 < users_.size() ? at_ + 1 : 0;
+        if (!users_.empty()) pass(users_[at_], now);
         if (!watches(key)) return;
         const auto [place, isnew] = places_.try_emplace(key, static_cast<uint32_t>(users_.size()));
         if (isnew) {
@@ -76,7 +76,6 @@ public:
     }
 
 private:
-    static constexpr int kRound = 4;      // users looked at for each request
     static constexpr size_t kMemory = 64;
     static constexpr double kPooled = 32;  // gaps that all classes together count for in each
     static constexpr double kUnknown = 0.25;
@@ -100,7 +99,8 @@ private:
     bool watches(uint64_t key) const { return (key * 0x9E3779B97F4A7C15u >> 32 & mask_) == 0; }
 
     void pass(User& user, double now) {
-        for (const int age = Ages::of(now - user.last); user.age < age; ++user.age) ++counts_[user.of].passed[user.age];
+        for (const double idle = now - user.last; user.age + 1 < Ages::kCount && idle >= begins_[user.age + 1]; ++user.age)
+            ++counts_[user.of].passed[user.age];
     }
 
     // Those who did not come back for as long as ages tell apart have told all they can; then half of the others go.
@@ -125,6 +125,7 @@ private:
     std::vector<User> users_;
     std::unordered_map<uint64_t, uint32_t> places_;  // in users_, by key
     std::vector<Counts> counts_;                     // by class
+    std::array<double, Ages::kCount> begins_;        // of the ages, s
     uint64_t mask_ = 0;
     size_t at_ = 0, gaps_ = 0;
 };
