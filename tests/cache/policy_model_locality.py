@@ -135,6 +135,7 @@ class Locality(Model):
         super().__init__(capacity)
         self.queues: list[list[int]] = [[] for _ in range(KINDS)]
         self.watch, self.habits = Watch(), Habits()
+        self.asked: dict[int, float] = {}
         self.last: dict[int, float] = {}
         self.turn: dict[int, int] = {}
         self.frequency: dict[int, int] = {}
@@ -177,7 +178,7 @@ class Locality(Model):
         self.size[slot] = self.level(self.pages[slot])
         self.frequency[slot] = self.one_more(frequency, self.now - last)
         self.turns += 1
-        self.last[slot], self.turn[slot] = self.now, self.turns
+        self.asked[slot], self.last[slot], self.turn[slot] = self.now, self.now, self.turns
         kind = self.kind_of(slot)
         self.costs[kind] += (self.cost - self.costs[kind]) / 64
         self.queues[kind].append(slot)
@@ -185,7 +186,8 @@ class Locality(Model):
         self.request(slot)
 
     def accessed(self, slot: int) -> None:
-        self.frequency[slot] = self.one_more(self.frequency[slot], self.now - self.last[slot])
+        self.frequency[slot] = self.one_more(self.frequency[slot], self.now - self.asked[slot])
+        self.asked[slot] = self.now
         self.request(slot)
         self.refreshed(slot)
 
@@ -200,7 +202,7 @@ class Locality(Model):
 
     def removed(self, slot: int, evicted: bool) -> None:
         if evicted:
-            self.habits.put(self.keys[slot], self.frequency[slot], self.last[slot])
+            self.habits.put(self.keys[slot], self.frequency[slot], self.asked[slot])
         self.queue_of(slot).remove(slot)
 
     def rank(self, slot: int, kind: int) -> tuple[float, int]:

@@ -6,7 +6,7 @@
 // requests whose oldest entry is its candidate; of candidates equally dense, as all are where the clock stands still, the
 // one used first goes, and until something is learned, the one idle longest: that is LRU.
 //
-// 40 bytes an entry, 32 to 64 of habits for each and 1.2 MB of the watched; O(1): a choice among the 32 kinds. Pinned
+// 48 bytes an entry, 32 to 64 of habits for each and 1.2 MB of the watched; O(1): a choice among the 32 kinds. Pinned
 // entries are passed over where they are.
 #pragma once
 
@@ -25,7 +25,8 @@ namespace mtserve {
 
 struct LocalNote {
     uint64_t key = 0;
-    double last = 0;    // request, s
+    double asked = 0;   // the last request, s
+    double last = 0;    // that, or what made it as recent
     uint32_t turn = 0;  // number of the last use
     Frequency frequency;
     uint8_t size = 0;   // level of the most pages that it had
@@ -43,7 +44,7 @@ public:
     void insert(Slot slot, const Facts& facts, double now) override {
         const auto [frequency, last] = habits_.take(facts.key);
         const uint8_t size = size_level(facts.pages);
-        const LocalNote note{facts.key, now, ++turn_, frequency.after(now - last), size};
+        const LocalNote note{facts.key, now, now, ++turn_, frequency.after(now - last), size};
         const int8_t kind = kind_of(note);
         cost_[kind] += (facts.cost - cost_[kind]) / kCosts;
         push_newest(slot, kind, facts.pages, note);
@@ -54,7 +55,8 @@ public:
 
     void access(Slot slot, double now) override {
         LocalNote& known = note(slot);
-        known.frequency = known.frequency.after(now - known.last);
+        known.frequency = known.frequency.after(now - known.asked);
+        known.asked = now;
         request(known.key, kind_of(known), now);
         refresh(slot, now);
     }
@@ -74,7 +76,7 @@ public:
     }
 
     void remove(Slot slot, bool evicted) override {
-        if (evicted) habits_.put(note(slot).key, {note(slot).frequency, note(slot).last});
+        if (evicted) habits_.put(note(slot).key, {note(slot).frequency, note(slot).asked});
         forget_candidate(slot);
         drop(slot);
     }
