@@ -56,6 +56,11 @@ void bind_policy(nb::module_& module) {
         .def("refresh", &Solo::refresh, "slot"_a)
         .def("resize", &Solo::resize, "slot"_a, "pages"_a)
         .def("remove", &Solo::remove, "slot"_a, "evicted"_a)
+        .def("hold", &Solo::hold, "slot"_a)
+        .def("release", &Solo::release, "slot"_a)
+        .def("admits", &Solo::admits, "key"_a, "pages"_a, "victim"_a)
+        .def("decline", &Solo::decline, "key"_a, "pages"_a)
+        .def_prop_ro("looks", &Solo::looks)
         .def("victim",
              [](Solo& solo, nb::sequence pinned) -> std::optional<Slot> {
                  const Slot slot = solo.victim(slot_set(pinned, "pinned"));

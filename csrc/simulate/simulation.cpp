@@ -48,7 +48,6 @@ void Simulation::run(const RequestColumns& requests, int32_t* gpu_tokens, int32_
         if (after.generation == before.generation) continue;
         const Match held = index_.lookup(user, before);
         if (held.gpu_tokens == 0 && held.host_tokens == 0) continue;  // nobody encodes for users who are not kept
-        index_.touch(user, now_);
         encode(user, after, now_);
         ++stats_.rebuilt;
     }
@@ -71,7 +70,6 @@ void Simulation::check_requests(const RequestColumns& requests) const {
 }
 
 Match Simulation::serve(int32_t user, CountedView history, double now) {
-    index_.touch(user, now);
     const int32_t loaded_from = bring(user, history, now);
     const int32_t cached = encode(user, history, now);
     const int32_t from_host = loaded_from < 0 ? 0 : std::max(0, cached - loaded_from);
