@@ -11,6 +11,7 @@ import pytest
 from engine_world import World
 from small_models import CAUSAL, small_model
 
+from mtserve._core import policy_names
 from mtserve.cache.index import Copy
 from mtserve.errors import NotFound
 
@@ -134,8 +135,9 @@ def test_others_are_served_while_an_onload_is_under_way(world: Make) -> None:
     assert slow.verify().tier == "host"
 
 
-def test_nobody_makes_room_for_those_whose_turn_comes_later(world: Make) -> None:
-    w = world(gpu_pages=19, max_batch_tokens=7)
+@pytest.mark.parametrize("policy", policy_names())
+def test_nobody_makes_room_for_those_whose_turn_comes_later(world: Make, policy: str) -> None:
+    w = world(gpu_pages=19, max_batch_tokens=7, policy=policy)
     for user in "dabc":
         w.put(user, 21)
         w.score(user)
