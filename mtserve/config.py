@@ -201,6 +201,12 @@ class EngineConfig(Config):
         "which users lose their states first",
         choices=("lru", "sieve", "s3fifo", "arc", "gdsf", "wtinylfu", "locality"),
     )
+    pin_budget: float = option(
+        0.1,
+        "share of each tier's pages that pinned users' states may keep from others, those used last first",
+        low=0.0,
+        high=0.5,
+    )
     max_batch_tokens: int = option(
         16384, "new tokens of a batch (behaviours to encode + candidates)", low=1, high=10_000_000, unit="tokens"
     )

@@ -61,6 +61,13 @@ private:
     nb::object fast_;
 };
 
+std::vector<std::string_view> user_views(nb::sequence users) {
+    const Items items(users, "users");
+    std::vector<std::string_view> views;
+    for (Py_ssize_t i = 0; i < items.size(); ++i) views.push_back(user_view(items[i], "users"));
+    return views;
+}
+
 Error one_chain_a_user(Py_ssize_t users) {
     return invalid_argument("chains", "needs one chain a user: " + std::to_string(users));
 }
@@ -103,12 +110,9 @@ nb::object begin_load(Index& index, nb::handle user, nb::handle chain, double no
 
 // Stops before the first user that comes after `pages` or more were planned.
 nb::list begin_stores(Index& index, nb::sequence users, bool tail, int64_t pages, double now) {
-    const Items items(users, "users");
-    std::vector<std::string_view> names;
-    for (Py_ssize_t i = 0; i < items.size(); ++i) {
-        names.push_back(user_view(items[i], "users"));
-        std::as_const(index).find(names.back());  // refuses what is no user id before anything is begun
-    }
+    const std::vector<std::string_view> names = user_views(users);
+    // Refuses what is no user id before anything is begun.
+    for (const std::string_view name : names) std::as_const(index).find(name);
     nb::list plans;
     for (size_t i = 0; i < names.size() && pages > 0; ++i) {
         const Index::CopyPlan plan = index.begin_store(names[i], tail, now);
@@ -134,11 +138,6 @@ nb::list survey(const Index& index, nb::sequence users, nb::sequence chains) {
     return found;
 }
 
-void touch(Index& index, nb::sequence users, double now) {
-    const Items items(users, "users");
-    for (Py_ssize_t i = 0; i < items.size(); ++i) index.touch(user_view(items[i], "users"), now);
-}
-
 nb::list users(const Index& index) {
     nb::list rows;
     for (const Index::Entry* entry : index.live_entries())
@@ -147,7 +146,8 @@ nb::list users(const Index& index) {
 }
 
 nb::tuple tier_stats(const TierStats& from) {
-    return nb::make_tuple(from.total, from.free, from.used, from.in_flight, from.users, from.evicted_pages, from.evicted_users);
+    return nb::make_tuple(from.total, from.free, from.used, from.in_flight, from.users, from.evicted_pages, from.evicted_users,
+                          from.pinned_users, from.pinned_pages);
 }
 
 // Tuples in the order of the named tuples that `mtserve.cache.index` makes of them.
@@ -155,7 +155,7 @@ nb::tuple stats(const Index& index) {
     const IndexStats from = index.stats();
     return nb::make_tuple(tier_stats(from.tier[kGpu]), tier_stats(from.tier[kHost]), from.users, from.detached,
                           from.batches_in_flight, from.loads_in_flight, from.stores_in_flight, from.corrections,
-                          from.invalidated, from.unsaved_pages);
+                          from.invalidated, from.unsaved_pages, from.pinned, from.declined_stores);
 }
 
 constexpr int64_t kLongHash = 1 << 16;  // bytes
@@ -204,13 +204,13 @@ void bind_index(nb::module_& module) {
     nb::class_<Index>(module, "Index")
         .def("__init__",
              [](Index* index, int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy,
-                bool track_freed) {
+                bool track_freed, double pin_budget) {
                  const auto tier = [&](int64_t pages) {
-                     return Index::TierParts{PageAllocator(pages, track_freed), make_policy(policy, pages)};
+                     return Index::TierParts{PageAllocator(pages, track_freed), make_policy(policy, pages), pin_budget};
                  };
                  new (index) Index(page_tokens, tier(gpu_pages), tier(host_pages));
              },
-             "page_tokens"_a, "gpu_pages"_a, "host_pages"_a, "policy"_a, "track_freed"_a)
+             "page_tokens"_a, "gpu_pages"_a, "host_pages"_a, "policy"_a, "track_freed"_a, "pin_budget"_a)
         .def_prop_ro("page_tokens", &Index::page_tokens)
         .def("lookup", &lookup, "user"_a, "chain"_a)
         .def("survey", &survey, "users"_a, "chains"_a)
@@ -230,7 +230,9 @@ void bind_index(nb::module_& module) {
              "user"_a)
         .def("grow_host", &Index::grow_host, "pages"_a)
         .def("end_store", &Index::end_store, "ticket"_a, "success"_a)
-        .def("_touch", &touch, "users"_a, "now"_a)
+        .def("set_window", [](Index& index, nb::sequence users) { index.set_window(user_views(users)); }, "users"_a)
+        .def("pin", [](Index& index, nb::sequence users) { return index.pin_users(user_views(users)); }, "users"_a)
+        .def("unpin", [](Index& index, nb::sequence users) { return index.unpin_users(user_views(users)); }, "users"_a)
         .def("invalidate", [](Index& index, nb::handle user) { return index.invalidate(user_view(user, "user")); }, "user"_a)
         .def("invalidate_all", &Index::invalidate_all)
         .def("users", &users)

@@ -37,6 +37,8 @@ IndexStats BasicIndex<Kind>::stats() const {
         to.users = from.users;
         to.evicted_pages = from.evicted_pages;
         to.evicted_users = from.evicted_users;
+        to.pinned_users = static_cast<int64_t>(from.pins.covered_users());
+        to.pinned_pages = from.pins.covered_pages();
     }
     stats.users = static_cast<int64_t>(table_.size());
     stats.detached = detached_;
@@ -46,6 +48,8 @@ IndexStats BasicIndex<Kind>::stats() const {
     stats.corrections = corrections_;
     stats.invalidated = invalidated_;
     stats.unsaved_pages = unsaved_pages_;
+    stats.pinned = pins_;
+    stats.declined_stores = declined_stores_;
     return stats;
 }
 
@@ -65,13 +69,14 @@ void BasicIndex<Kind>::check() const {
     require(occupied + free_slots_.size() == entries_.size(), "slots", "free slots do not sum with the occupied ones");
     for (Tier tier : kTiers) check_tier(tier, owned[tier]);
     check_tickets();
+    check_rights();
 }
 
 template <typename Kind>
 void BasicIndex<Kind>::check_entry(const Entry& entry, std::array<Census, 2>& owned) const {
     require((table_.find(entry.user) == &entry) == entry.live, "table", "live and findable disagree" + of(entry));
     require(!(entry.load && entry.store), "tickets", "a load shares its user with a store" + of(entry));
-    require(entry.pinned() || (entry.live && !entry.empty()), "entries", "should have vanished" + of(entry));
+    require(entry.busy() || (entry.live && !entry.empty()), "entries", "should have vanished" + of(entry));
     const int32_t longest = std::max(entry.on[kGpu].tokens, entry.on[kHost].tokens);
     require(entry.chain.size() == longest, "chain", std::to_string(entry.chain.size()) + " long for " + std::to_string(longest) +
                                                         " tokens" + of(entry));
@@ -79,11 +84,13 @@ void BasicIndex<Kind>::check_entry(const Entry& entry, std::array<Census, 2>& ow
         const Holding& holding = entry.on[tier];
         const size_t committed = pages_for(holding.tokens);
         require(entry.live || holding.tokens == 0, kTierNames[tier], "a detached entry has tokens" + of(entry));
-        require(entry.pinned() ? holding.pages.size() >= committed : holding.pages.size() == committed, kTierNames[tier],
+        require(entry.busy() ? holding.pages.size() >= committed : holding.pages.size() == committed, kTierNames[tier],
                 std::to_string(holding.pages.size()) + " pages for " + std::to_string(holding.tokens) + " tokens" + of(entry));
         const bool should_list = entry.live && !holding.pages.empty();
         require(holding.listed == should_list && tiers_[tier].policy->contains(entry.slot) == should_list, "policy",
                 std::string(kTierNames[tier]) + " policy lists the wrong entries" + of(entry));
+        require(holding.shielded == privileged(entry, tier), kTierNames[tier],
+                "held without a right to it, or not held with one" + of(entry));
         const std::string broken = owned[tier].add(holding.pages);
         require(broken.empty(), kTierNames[tier], broken + of(entry));
     }
@@ -144,6 +151,47 @@ void BasicIndex<Kind>::check_tickets() const {
             "pins do not match the open tickets");
 }
 
+template <typename Kind>
+void BasicIndex<Kind>::check_rights() const {
+    size_t tied = 0, turns = 0;
+    int64_t pinned = 0, listed[2] = {0, 0};
+    for (const auto& [user, right] : rights_) {
+        const Entry* entry = table_.find(user);
+        const std::string whose = " (user '" + Users::text(right->user) + "')";
+        require(right->pinned || right->turn != kNoTurn, "rights", "a right to nothing" + whose);
+        require(right->slot == (entry ? entry->slot : kNoSlot) && (!entry || entry->right == right.get()), "rights",
+                "a right is not tied to its user's entry" + whose);
+        pinned += right->pinned;
+        turns += right->turn != kNoTurn;
+        tied += entry != nullptr;
+        for (Tier tier : kTiers) listed[tier] += entry && check_right(*entry, tier);
+    }
+    for (size_t turn = 0; turn < window_.size(); ++turn)
+        require(window_[turn]->turn == static_cast<int32_t>(turn), "window", "turns are out of order");
+    size_t with_right = 0;
+    for (const auto& entry : entries_) with_right += entry && entry->right;
+    require(with_right == tied && turns == window_.size() && pinned == pins_, "rights", "counters disagree with the rights");
+    for (Tier tier : kTiers) {
+        tiers_[tier].pins.check();
+        require(static_cast<size_t>(listed[tier]) == tiers_[tier].pins.size(), "pins", "strangers are pinned");
+    }
+}
+
+// Says whether the user's pages in the tier are pinned.
+template <typename Kind>
+bool BasicIndex<Kind>::check_right(const Entry& entry, Tier tier) const {
+    const TierState& state = tiers_[tier];
+    const Holding& holding = entry.on[tier];
+    if (!holding.listed) return false;
+    require(entry.right->turn == kNoTurn || static_cast<size_t>(entry.right->turn) < state.window_end, "window",
+            "has pages beyond where they are looked for" + of(entry));
+    if (!entry.right->pinned) return false;
+    const bool counted = state.pins.contains(entry.slot) &&
+                         static_cast<size_t>(state.pins.pin(entry.slot).pages) == holding.pages.size();
+    require(counted, "pins", "the pages of a pinned user are not those counted" + of(entry));
+    return true;
+}
+
 template <>
 void Index::sabotage(const std::string& what) {
     const auto live = live_entries();
@@ -162,6 +210,13 @@ void Index::sabotage(const std::string& what) {
     else if (what == "used counter") ++tiers_[kGpu].used;
     else if (what == "stray pin") entry.store = next_ticket_++;
     else if (what == "unfindable") table_.remove(entry);
+    else if (what == "lost shield") gpu.shielded = !gpu.shielded;
+    else if (what == "forgotten right") entry.right->slot = kNoSlot;
+    else if (what == "forgotten pin") tiers_[kGpu].pins.remove(entry.slot, shielder());
+    else if (what == "pinned pages") tiers_[kGpu].pins.resize(entry.slot, pages_for(gpu.tokens) + 1, shielder());
+    else if (what == "pin counter") ++pins_;
+    else if (what == "window end") tiers_[kGpu].window_end = 0;
+    else if (what == "broken turns") std::swap(window_.front()->turn, window_.back()->turn);
     else throw invalid_argument("what", "'" + what + "' is not a known sabotage");
 }
 

@@ -21,6 +21,10 @@ inline Error failed_precondition(std::string field, const std::string& message) 
     return Error("FailedPrecondition", std::move(field), message);
 }
 
+inline Error resource_exhausted(std::string field, const std::string& message) {
+    return Error("ResourceExhausted", std::move(field), message);
+}
+
 inline Error corrupt_state(std::string field, const std::string& message) {
     return Error("CorruptState", std::move(field), message);
 }

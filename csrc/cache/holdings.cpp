@@ -9,10 +9,11 @@ namespace mtserve {
 namespace {
 
 template <typename Entries>
-struct Unpinned final : Policy::Evictable {
-    explicit Unpinned(const Entries& entries) : entries(entries) {}
-    bool operator()(Slot slot) const override { return !entries[slot]->pinned(); }
+struct Takeable final : Policy::Evictable {
+    Takeable(const Entries& entries, Tier tier) : entries(entries), tier(tier) {}
+    bool operator()(Slot slot) const override { return !entries[slot]->busy() && !entries[slot]->on[tier].shielded; }
     const Entries& entries;
+    const Tier tier;
 };
 
 }  // namespace
@@ -32,11 +33,17 @@ typename BasicIndex<Kind>::Entry& BasicIndex<Kind>::create(UserView user) {
         entries_[entry.slot] = std::move(made);
     }
     table_.add(entry);
+    const auto right = rights_.find(user);
+    if (right != rights_.end()) {
+        entry.right = right->second.get();
+        entry.right->slot = entry.slot;
+    }
     return entry;
 }
 
 template <typename Kind>
 void BasicIndex<Kind>::erase(Entry& entry) {
+    if (entry.right) entry.right->slot = kNoSlot;
     if (entry.live) table_.remove(entry);
     else --detached_;
     const Slot slot = entry.slot;
@@ -50,23 +57,39 @@ void BasicIndex<Kind>::acquire(Entry& entry, Tier tier, int32_t pages, double no
     auto& held = entry.on[tier].pages;
     Allocator& allocator = tiers_[tier].allocator;
     const int64_t missing = static_cast<int64_t>(pages) - static_cast<int64_t>(held.size());
-    if (missing > allocator.free()) evict(tier, missing - allocator.free(), now);
+    if (missing > allocator.free()) evict(entry, tier, pages, now);
     allocator.take(missing, held);
     if (!entry.on[tier].listed) list(entry, tier, now);
-    else if (missing > 0) tiers_[tier].policy->resize(entry.slot, static_cast<int32_t>(held.size()));
+    else if (missing > 0) resize(entry, tier);
 }
 
 template <typename Kind>
-void BasicIndex<Kind>::evict(Tier tier, int64_t shortfall, double now) {
-    const Unpinned<decltype(entries_)> evictable(entries_);
+void BasicIndex<Kind>::evict(Entry& taker, Tier tier, int32_t pages, double now) {
+    if (tier == kHost && taker.declined) return;
+    const Takeable<decltype(entries_)> takeable(entries_, tier);
+    int64_t shortfall = pages - static_cast<int64_t>(taker.on[tier].pages.size()) - tiers_[tier].allocator.free();
     while (shortfall > 0) {
-        const Slot slot = tiers_[tier].policy->victim(evictable, now);
+        Slot slot = tiers_[tier].policy->victim(takeable, now);
+        if (slot == kNoSlot) slot = last_resort(taker, tier);
+        else if (!admits(taker, tier, pages, slot, now)) return;
         if (slot == kNoSlot) return;
         Entry& victim = *entries_[slot];
-        const int32_t pages = static_cast<int32_t>(std::min<int64_t>(shortfall, victim.on[tier].pages.size()));
-        evict_tail(victim, tier, pages, now);
-        shortfall -= pages;
+        const int32_t taken = static_cast<int32_t>(std::min<int64_t>(shortfall, victim.on[tier].pages.size()));
+        evict_tail(victim, tier, taken, now);
+        shortfall -= taken;
     }
+}
+
+// Asked of users whom the host does not have: the device cannot choose, and who is in grows.
+template <typename Kind>
+bool BasicIndex<Kind>::admits(Entry& taker, Tier tier, int32_t pages, Slot victim, double now) {
+    Policy& policy = *tiers_[tier].policy;
+    const Facts facts{taker.key, pages};
+    if (tier == kGpu || taker.on[tier].listed || policy.admits(facts, victim, now)) return true;
+    policy.decline(facts, now);
+    taker.declined = true;
+    ++declined_stores_;
+    return false;
 }
 
 // GPU pages from `kept` on with tokens that the host does not have.
@@ -110,6 +133,8 @@ void BasicIndex<Kind>::use(Entry& entry, double now) {
         else tiers_[tier].policy->access(entry.slot, now);
         holding.fresh = false;
     }
+    entry.declined = false;
+    use_pin(entry);
 }
 
 template <typename Kind>
@@ -125,13 +150,27 @@ void BasicIndex<Kind>::list(Entry& entry, Tier tier, double now) {
     tiers_[tier].policy->insert(entry.slot, {entry.key, static_cast<int32_t>(holding.pages.size())}, now);
     holding.listed = true;
     holding.fresh = tier == kGpu && entry.load;
+    if (!entry.right) return;
+    TierState& state = tiers_[tier];
+    if (entry.right->turn != kNoTurn) state.window_end = std::max<size_t>(state.window_end, entry.right->turn + 1);
+    if (entry.right->pinned) state.pins.use(entry.slot, static_cast<int32_t>(holding.pages.size()), shielder());
+    shield(entry);
 }
 
 template <typename Kind>
 void BasicIndex<Kind>::unlist(Entry& entry, Tier tier, bool evicted) {
     if (!entry.on[tier].listed) return;
     tiers_[tier].policy->remove(entry.slot, evicted);
-    entry.on[tier].listed = false;
+    entry.on[tier].listed = entry.on[tier].shielded = false;
+    tiers_[tier].pins.remove(entry.slot, shielder());
+}
+
+// Tells of a listed entry's pages.
+template <typename Kind>
+void BasicIndex<Kind>::resize(Entry& entry, Tier tier) {
+    const int32_t pages = static_cast<int32_t>(entry.on[tier].pages.size());
+    tiers_[tier].policy->resize(entry.slot, pages);
+    if (tiers_[tier].pins.contains(entry.slot)) tiers_[tier].pins.resize(entry.slot, pages, shielder());
 }
 
 template <typename Kind>
@@ -155,15 +194,16 @@ void BasicIndex<Kind>::settle(Entry& entry, Tier tier, bool evicted) {
     if (holding.pages.size() == kept) return;
     Pages::release_behind(holding.pages, kept, tiers_[tier].allocator);
     if (holding.pages.empty()) unlist(entry, tier, evicted);
-    else if (holding.listed) tiers_[tier].policy->resize(entry.slot, static_cast<int32_t>(kept));
+    else if (holding.listed) resize(entry, tier);
 }
 
 // Call after closing a ticket (or detaching): the last one settles the entry.
 template <typename Kind>
-void BasicIndex<Kind>::unpin(Entry& entry) {
-    if (entry.pinned()) return;
+void BasicIndex<Kind>::ended(Entry& entry) {
+    if (entry.busy()) return;
     for (Tier tier : kTiers) settle(entry, tier);
     if (entry.empty()) erase(entry);
+    else shield(entry);
 }
 
 template class BasicIndex<Hashed>;

@@ -35,7 +35,9 @@ template <typename Kind>
 BasicIndex<Kind>::BasicIndex(int64_t page_tokens, TierParts gpu, TierParts host, Users users)
     : page_tokens_(checked_page_tokens(page_tokens)),
       tiers_{TierState(std::move(gpu)), TierState(std::move(host))},
-      table_(std::move(users)) {}
+      table_(std::move(users)) {
+    for (Tier tier : kTiers) fit_budget(tier);
+}
 
 template <typename Kind>
 const typename BasicIndex<Kind>::Entry* BasicIndex<Kind>::find(UserView user) const {
@@ -72,11 +74,12 @@ Ticket BasicIndex<Kind>::begin_batch(const std::vector<BatchItem>& items, const 
     std::vector<Entry*> entries = admit(items, plan.width, ticket);
     Batch& batch = batches_[ticket];
     batch.members.reserve(items.size());
-    // All are pinned before any allocates, so that the batch's users do not evict each other.
+    // All are busy before any allocates, so that the batch's users do not evict each other.
     for (size_t row = 0; row < items.size(); ++row) {
         if (!entries[row]) entries[row] = &create(items[row].user);
         correct(*entries[row], items[row].chain);
         entries[row]->batch = ticket;
+        shield(*entries[row]);
     }
     for (size_t row = 0; row < items.size(); ++row)
         plan_member(batch, *entries[row], items[row].chain, plan, row, now);
@@ -121,7 +124,7 @@ void BasicIndex<Kind>::correct(Entry& entry, View chain) {
             Copy& copy = copies_[to].at(open);
             copy.tokens = std::min(copy.tokens, shared);
         }
-    if (!entry.pinned())
+    if (!entry.busy())
         for (Tier tier : kTiers) settle(entry, tier);
 }
 
@@ -159,7 +162,7 @@ std::vector<typename BasicIndex<Kind>::User> BasicIndex<Kind>::end_batch(Ticket 
         }
         if (!member.good) spoiled.push_back(entry.user);
         entry.batch = 0;
-        unpin(entry);
+        ended(entry);
     }
     return spoiled;
 }
@@ -169,7 +172,7 @@ std::vector<typename BasicIndex<Kind>::User> BasicIndex<Kind>::end_batch(Ticket 
 template <typename Kind>
 typename BasicIndex<Kind>::CopyPlan BasicIndex<Kind>::begin_load(UserView user, View chain, double now) {
     Entry* entry = find(user);
-    if (!entry || entry->pinned()) return {};
+    if (!entry || entry->busy()) return {};
     const int32_t target = std::min(entry->on[kHost].tokens, common_prefix(entry->chain.view(), chain));
     // With room for what the user's next batch adds: taken then, it would lie elsewhere.
     CopyPlan plan = begin_copy(*entry, kGpu, target, pages_for(chain.size), now);
@@ -180,14 +183,10 @@ typename BasicIndex<Kind>::CopyPlan BasicIndex<Kind>::begin_load(UserView user, 
 }
 
 template <typename Kind>
-void BasicIndex<Kind>::touch(UserView user, double now) {
-    if (Entry* entry = find(user)) refresh(*entry, now);
-}
-
-template <typename Kind>
 void BasicIndex<Kind>::grow_host(int64_t pages) {
     tiers_[kHost].allocator.grow(pages);
     tiers_[kHost].policy->grow(pages);
+    fit_budget(kHost);
 }
 
 template <typename Kind>
@@ -211,11 +210,13 @@ typename BasicIndex<Kind>::CopyPlan BasicIndex<Kind>::begin_copy(Entry& entry, T
     if (target <= present) return {};
     Ticket& pin = to == kGpu ? entry.load : entry.store;
     pin = next_ticket_++;
+    shield(entry);
     acquire(entry, to, std::max(pages_for(target), wanted), now);
     const int64_t room = static_cast<int64_t>(entry.on[to].pages.size()) * page_tokens_;
     target = static_cast<int32_t>(std::min<int64_t>(target, room));
     if (target <= present) {  // not a single page to be had, so none was evicted either
         pin = 0;
+        shield(entry);
         return {};
     }
     copies_[to][pin] = {&entry, target};
@@ -240,7 +241,7 @@ void BasicIndex<Kind>::end_copy(Tier to, Ticket ticket, bool success) {
     if (!success && to == kGpu && entry.batch)
         for (Member& member : batches_.at(entry.batch).members)
             if (member.entry == &entry) member.good = false;
-    unpin(entry);
+    ended(entry);
 }
 
 // ---- invalidation
@@ -255,10 +256,12 @@ bool BasicIndex<Kind>::invalidate(UserView user) {
         unlist(*entry, tier, false);
     }
     fit_chain(*entry);
+    if (entry->right) entry->right->slot = kNoSlot;
+    entry->right = nullptr;
     table_.remove(*entry);
     entry->live = false;
     ++detached_;
-    unpin(*entry);
+    ended(*entry);
     return true;
 }
 

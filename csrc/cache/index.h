@@ -11,7 +11,9 @@
 //   load        | host P                    | GPU tokens [gpu P, target)      | batch begun after it
 //   store       | GPU [host P, gpu P)       | host tokens [host P, target)    | batch
 //
-//   - Any open ticket pins the entry on both tiers: eviction passes it by.
+//   - An entry with an open ticket is busy: eviction passes it by in both tiers.
+//   - Privileged are users whose turn is near, and pinned users as far as the tier's budget for them goes. Eviction takes
+//     from them when nobody else is left, and then for loads and batches alone, in the order of `last_resort`.
 //   - Committed pages are "used". Pages held beyond ceil(tokens / page_tokens) are "in flight"; they go
 //     back when the entry's last ticket ends, so no open job ever sees a page of its own reassigned.
 //   - A load or store overwrites the destination's half-filled tail page from its twin in the other tier.
@@ -43,6 +45,7 @@
 #include <vector>
 
 #include "hashed.h"
+#include "pin_order.h"
 #include "policy.h"
 
 namespace mtserve {
@@ -74,12 +77,14 @@ struct BatchPlan {
 struct TierStats {
     int32_t total = 0, free = 0, used = 0, in_flight = 0;
     int64_t users = 0, evicted_pages = 0, evicted_users = 0;
+    int64_t pinned_users = 0, pinned_pages = 0;  // that the budget covers
 };
 
 struct IndexStats {
     TierStats tier[2];
     int64_t users = 0, detached = 0, batches_in_flight = 0, loads_in_flight = 0, stores_in_flight = 0;
     int64_t corrections = 0, invalidated = 0, unsaved_pages = 0;
+    int64_t pinned = 0, declined_stores = 0;
 };
 
 // `Kind`: Hashed or Counted.
@@ -97,8 +102,17 @@ public:
     struct Holding {
         PageList pages;
         int32_t tokens = 0;
-        bool listed = false;  // known to the tier's policy
-        bool fresh = false;   // listed by a load, whose request has had no batch yet
+        bool listed = false;    // known to the tier's policy
+        bool fresh = false;     // listed by a load, whose request has had no batch yet
+        bool shielded = false;  // the policy holds it: it is privileged, and nothing else keeps it
+    };
+
+    // What sets a user apart, whether it has states or not.
+    struct Right {
+        User user;
+        Slot slot = kNoSlot;     // of its live entry
+        int32_t turn = kNoTurn;  // in the window
+        bool pinned = false;
     };
 
     struct Entry {
@@ -111,8 +125,10 @@ public:
         Chain chain;                            // as long as the longer tier's prefix
         Holding on[2];
         std::optional<double> lost;             // when GPU pages were first evicted, until they are wanted again
+        Right* right = nullptr;                 // null for most; of live entries alone
+        bool declined = false;                  // the host's policy did not let it in, and it was not used since
 
-        bool pinned() const { return batch || load || store; }
+        bool busy() const { return batch || load || store; }
         bool empty() const { return on[kGpu].pages.empty() && on[kHost].pages.empty(); }
     };
     using Users = typename Kind::template Users<Entry>;
@@ -133,6 +149,7 @@ public:
     struct TierParts {
         Allocator pages;
         std::unique_ptr<Policy> policy;
+        double pin_budget = 0.1;  // share of the pages that pinned users may keep from others, 0 to 0.5
     };
 
     BasicIndex(int64_t page_tokens, TierParts gpu, TierParts host, Users users = Users());
@@ -151,8 +168,11 @@ public:
     void grow_host(int64_t pages);
     void end_store(Ticket ticket, bool success);
 
-    // The user's states in both tiers are wanted soon: as recent as those just used, but not used once more.
-    void touch(UserView user, double now);
+    // The users whose turn is near, the next one first, in place of those of the last call.
+    void set_window(const std::vector<UserView>& users);
+    // Pinned again, a user is the latest. Both return how many users changed; pins outlive the users' states.
+    int64_t pin_users(const std::vector<UserView>& users);
+    int64_t unpin_users(const std::vector<UserView>& users);
     bool invalidate(UserView user);
     int64_t invalidate_all();
 
@@ -171,12 +191,16 @@ public:
 
 private:
     struct TierState {
-        explicit TierState(TierParts parts) : allocator(std::move(parts.pages)), policy(std::move(parts.policy)) {}
+        explicit TierState(TierParts parts)
+            : allocator(std::move(parts.pages)), policy(std::move(parts.policy)), pin_budget(parts.pin_budget) {}
         Allocator allocator;
         std::unique_ptr<Policy> policy;
         int64_t used = 0;   // committed pages
         int64_t users = 0;  // live entries with committed tokens
         int64_t evicted_pages = 0, evicted_users = 0;
+        double pin_budget;
+        PinOrder pins;
+        size_t window_end = 0;  // none of the window's users from here on has pages
     };
     struct Member {
         Entry* entry;
@@ -193,6 +217,7 @@ private:
         int32_t tokens;  // prefix after success; corrections lower a store's
     };
     using Copies = std::unordered_map<Ticket, Copy>;
+    static constexpr int32_t kNoTurn = -1;
 
     int32_t pages_for(int64_t tokens) const { return static_cast<int32_t>((tokens + page_tokens_ - 1) / page_tokens_); }
     Entry* find(UserView user);
@@ -207,7 +232,9 @@ private:
     void end_copy(Tier to, Ticket ticket, bool success);
 
     void acquire(Entry& entry, Tier tier, int32_t pages, double now);
-    void evict(Tier tier, int64_t shortfall, double now);
+    void evict(Entry& taker, Tier tier, int32_t pages, double now);
+    bool admits(Entry& taker, Tier tier, int32_t pages, Slot victim, double now);
+    Slot last_resort(const Entry& taker, Tier tier);
     void evict_tail(Entry& victim, Tier tier, int32_t pages, double now);
     int64_t unsaved(const Entry& entry, int64_t kept) const;
     void note_return(Entry& entry, double now);
@@ -215,16 +242,30 @@ private:
     void refresh(Entry& entry, double now);
     void list(Entry& entry, Tier tier, double now);
     void unlist(Entry& entry, Tier tier, bool evicted);
+    void resize(Entry& entry, Tier tier);
     void set_tokens(Entry& entry, Tier tier, int32_t tokens);
     void fit_chain(Entry& entry);
     void settle(Entry& entry, Tier tier, bool evicted = false);
-    void unpin(Entry& entry);
+    void ended(Entry& entry);
+
+    Right& right_of(UserView user);
+    void drop_if_void(Right& right);
+    void check_users(const std::vector<UserView>& users) const;
+    void fit_budget(Tier tier);
+    void use_pin(Entry& entry);
+    bool privileged(const Entry& entry, Tier tier) const;
+    void shield(Entry& entry);
+    auto shielder() {
+        return [this](Slot slot, bool) { shield(*entries_[slot]); };
+    }
 
     using Census = typename Pages::Census;
     void check_entry(const Entry& entry, std::array<Census, 2>& owned) const;
     void check_tier(Tier tier, const Census& owned) const;
     static std::string of(const Entry& entry) { return " (user '" + Users::text(entry.user) + "')"; }
     void check_tickets() const;
+    void check_rights() const;
+    bool check_right(const Entry& entry, Tier tier) const;
 
     int32_t page_tokens_;
     TierState tiers_[2];
@@ -235,7 +276,9 @@ private:
     std::unordered_map<Ticket, Batch> batches_;
     Copies copies_[2];  // by destination: loads to kGpu, stores to kHost
     std::vector<double> returns_;
-    int64_t detached_ = 0, corrections_ = 0, invalidated_ = 0;
+    std::unordered_map<UserView, std::unique_ptr<Right>> rights_;  // keys point into the rights
+    std::vector<Right*> window_;                                    // by turn
+    int64_t detached_ = 0, corrections_ = 0, invalidated_ = 0, pins_ = 0, declined_stores_ = 0;
     int64_t unsaved_pages_ = 0;  // evicted from the GPU with tokens that the host did not have
 };
 

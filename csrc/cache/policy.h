@@ -20,7 +20,7 @@ struct Facts {
 
 class Policy {
 public:
-    // Says which entries may be taken now; pinned ones may not.
+    // Says which entries may be taken now; pinned and held ones may not.
     class Evictable {
     public:
         virtual bool operator()(Slot slot) const = 0;
@@ -36,6 +36,14 @@ public:
     virtual void resize(Slot slot, int32_t pages) = 0;
     // `evicted`: to make room, so that the user's return would tell something; else its states are void.
     virtual void remove(Slot slot, bool evicted) = 0;
+    // The entry stays as it is, used and counted like others, but `victim` will be told that it may not be taken until
+    // `release`: however many are held, a policy may put them out of the way of its search. One that does not still
+    // chooses rightly. A removed entry is held no more.
+    virtual void hold(Slot) {}
+    virtual void release(Slot) {}
+    // Whether a newcomer, who is not listed, is worth more than `victim`, who would have to leave for it.
+    virtual bool admits(const Facts&, Slot, double) const { return true; }
+    virtual void decline(const Facts&, double) {}  // a request of a user who is not let in
     // The entry to take from next, still listed; kNoSlot when every entry is pinned.
     virtual Slot victim(const Evictable& evictable, double now) = 0;
     virtual void grow(int64_t pages) = 0;  // the tier has so many more

@@ -101,7 +101,6 @@ void Simulation::check_requests(const RequestColumns& requests) const {
 // One batch after the other until the whole prefix was encoded; each is written back before the next. Returns what the
 // first of them found.
 Match Simulation::serve(const Job& job, double now) {
-    index_.touch(job.user, now);
     Match found;
     int loads = 0;
     int32_t loaded_from = -1;

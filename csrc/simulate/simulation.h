@@ -2,7 +2,8 @@
 //
 // Each request is over before the next comes: the onload that it waits for, its batch, the write-back of what the batch
 // made, and, where what was appended after it began a new generation, the encoding of that in the background. So does
-// an engine with restore = "load" and write_back_idle_ms = 0 in a closed loop of one request. Copies never fail.
+// an engine with restore = "load" and write_back_idle_ms = 0 in a closed loop of one request. Copies never fail. The
+// engine's window then is the one user served, who is busy whenever anybody is evicted, so none is set here.
 #pragma once
 
 #include <cstdint>

@@ -79,6 +79,8 @@ class TierStats(NamedTuple):
     users: int  # with committed tokens here
     evicted_pages: int
     evicted_users: int  # that lost their last page here
+    pinned_users: int  # whose pages here the budget of pins covers
+    pinned_pages: int  # of these users
 
 
 class IndexStats(NamedTuple):
@@ -94,6 +96,8 @@ class IndexStats(NamedTuple):
     corrections: int  # histories found to differ from what the states were computed from
     invalidated: int
     unsaved_pages: int  # evicted from the GPU since the start with tokens that the host did not have
+    pinned: int  # users that are pinned, with states or without
+    declined_stores: int  # that the policy refused, since the start: the user is worth less than whom it would push out
 
 
 class TieredIndex(_core.Index):
@@ -109,15 +113,27 @@ class TieredIndex(_core.Index):
     `invalidate(user) -> bool`, `invalidate_all() -> int`: unfindable at once; pages in use are freed
     when their last ticket ends, which publishes nothing.
     `users() -> [(user, gpu_tokens, host_tokens)]`: a snapshot of everything findable.
+    `set_window(users)`: the users whose turn is near, the next first, in place of those of the last call.
+    `pin(users) -> int`, `unpin(users) -> int`: how many of them were not, or were, pinned. Known or not: a pin holds for
+    states to come, until it is taken back, `invalidate` or not. At most 2^20 users; ResourceExhausted beyond that.
     `drain_returns() -> [float]`: seconds from an eviction of a user's GPU pages to the `begin_batch` or `begin_load`
     that wanted them again, one for each since the last call; none of users whom both tiers had forgotten.
     `unsaved_tokens(user) -> int`: tokens that the user has on the GPU and not on the host.
     `grow_host(pages)`: that many more pages in the host tier.
     `check()`: walks everything; CorruptState names the first broken invariant.
 
+    Eviction passes by whom the window names, and pinned users as far as `pin_budget` (0 to 0.5, a share of each tier's
+    pages) covers them: in the order of their last use or pin, the latest whose pages fit it together. The others are
+    like anybody until they are used again, or those before them leave room. Where nobody else has pages that can be
+    taken, a load or a batch takes those of covered users, used first first, then those of the window, last turn first;
+    a load from later turns than its own user's alone. A store takes from neither, and finds no room.
+
+    A store of a user whom a full host tier does not have yet asks the policy whether the user is worth more than whom it
+    would push out. If not, the user has what room is free, and is not asked about again until its next batch.
+
     A user id is 1 to 256 bytes of UTF-8, a chain uint64 [tokens] of at most 2^24; InvalidArgument otherwise.
     `policy` is one of `mtserve._core.policy_names()`. It sees a request once, when its batch begins, whatever loads and
-    touches came before. `host_pages=0` turns the host tier off. `track_freed` makes `drain_freed` report.
+    windows came before. `host_pages=0` turns the host tier off. `track_freed` makes `drain_freed` report.
     """
 
     def __init__(
@@ -128,8 +144,9 @@ class TieredIndex(_core.Index):
         policy: str = "lru",
         clock: Clock = time.time,
         track_freed: bool = False,
+        pin_budget: float = 0.1,
     ) -> None:
-        super().__init__(page_tokens, gpu_pages, host_pages, policy, track_freed)
+        super().__init__(page_tokens, gpu_pages, host_pages, policy, track_freed, pin_budget)
         self._clock = clock
 
     def is_busy(self, user: str) -> Busy:
@@ -160,10 +177,6 @@ class TieredIndex(_core.Index):
         batch) before anything changed.
         """
         return self._begin_batch(users, chains, cached, stored, page_table, self._clock())
-
-    def touch(self, users: Sequence[str]) -> None:
-        """Make each user's states as recent as those just read, which is no further use: its batch will be counted."""
-        self._touch(users, self._clock())
 
     def begin_load(self, user: str, chain: Chain) -> Load | None:
         """Plan host to GPU for what `chain` shares with the host copy; perhaps only a part for want of room.

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mtserve.errors import InvalidArgument
 from mtserve.history.store import check_user_id
 from mtserve.model.schema import FeatureSchema
 from mtserve.types import History, Request, Rows
+
+MAX_PINS = 65536  # users of one call
+
+
+def check_pins(user_ids: Sequence[str]) -> None:
+    """Raise InvalidArgument unless these are at most MAX_PINS user ids."""
+    if isinstance(user_ids, str):
+        raise InvalidArgument("expected a list of user ids, got one", field="user_ids")
+    if len(user_ids) > MAX_PINS:
+        raise InvalidArgument(f"{len(user_ids)} users are above the limit of {MAX_PINS}", field="user_ids")
+    for user_id in user_ids:
+        check_user_id(user_id)
 
 
 def check_request(request: Request, schema: FeatureSchema, max_candidates: int) -> None:

@@ -98,7 +98,7 @@ class Core:
         config = self.config
         index = TieredIndex(
             config.page_tokens, len(memory.pool), memory.arena.ready, config.policy,
-            clock=self._clock, track_freed=config.poison_pages,
+            clock=self._clock, track_freed=config.poison_pages, pin_budget=config.pin_budget,
         )  # fmt: skip
         mover = setup.make_link(memory.link, memory.arena, self._clock, fault, chaos)
         return Tiers(index, mover, memory.footprint, config, self._metrics, self._clock, max_prefix(model))
@@ -339,6 +339,14 @@ class Core:
     def invalidate(self, user_id: str | None) -> int:
         """Forget the states of one user, or of all; returns how many users had any."""
         return 0 if self.tiers is None else self.tiers.invalidate(user_id)
+
+    def pin(self, users: Sequence[str]) -> int:
+        """Keep the states of these users before others'; returns how many were not pinned."""
+        return 0 if self.tiers is None else self.tiers.pin(users)
+
+    def unpin(self, users: Sequence[str]) -> int:
+        """Treat them like anybody again; returns how many were pinned."""
+        return 0 if self.tiers is None else self.tiers.unpin(users)
 
     def forget(self, user_id: str) -> None:
         """Forget a deleted user's states, and those that its last queued requests are yet to make."""

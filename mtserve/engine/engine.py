@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from mtserve.config import EngineConfig
-from mtserve.engine.checks import check_request
+from mtserve.engine.checks import check_pins, check_request
 from mtserve.engine.core import Core
 from mtserve.engine.hints import Hints
 from mtserve.engine.job import Job, make_job
@@ -135,11 +136,16 @@ class Engine:
         return position
 
     def delete_user(self, user_id: str) -> bool:
-        """Forget a user's history, features and states; False when not known."""
+        """Forget a user's history, features, states and pin; False when not known."""
         with self._changing(user_id):
             known = self.history.delete(user_id)
             self._sequences.forget(user_id)
-        self._loop.call(lambda: self._core.forget(user_id))
+
+        def forget() -> None:
+            self._core.unpin([user_id])
+            self._core.forget(user_id)
+
+        self._loop.call(forget)
         return known
 
     def _changing(self, user_id: str) -> threading.Lock:
@@ -210,6 +216,23 @@ class Engine:
         if user_id is not None:
             check_user_id(user_id)
         return self._loop.call(lambda: self._core.invalidate(user_id))
+
+    def pin(self, user_ids: Sequence[str]) -> int:
+        """Keep these users' states before others', now and when they come; returns how many were not pinned yet.
+
+        Of each tier's pages pinned users keep `config.pin_budget` at most: those used or pinned last, the rest are like
+        anybody. Even these give way where a request finds no other room. Users need not be known. A pin ends with
+        `unpin` or `delete_user`, and with the process. Raises InvalidArgument for more than MAX_PINS users or what is no
+        user id, ResourceExhausted where more than 2^20 users would be pinned; then nothing has changed.
+        0 where config.cache is "off".
+        """
+        check_pins(user_ids)
+        return self._loop.call(lambda: self._core.pin(user_ids))
+
+    def unpin(self, user_ids: Sequence[str]) -> int:
+        """Treat these users like anybody again; returns how many were pinned. Errors as of `pin`."""
+        check_pins(user_ids)
+        return self._loop.call(lambda: self._core.unpin(user_ids))
 
     def replace_model(self, model: RankingModel) -> None:
         """Serve new weights of the same shape; states of the old ones are never used again."""

@@ -153,9 +153,9 @@ class Onload:
     def _open_window(self, jobs: Sequence[Job], reserved_pages: int) -> None:
         room, held = len(self.mover.pool) - reserved_pages, self._transfers.held()
         window = open_window(jobs, room, self._page_tokens, held, idle=not reserved_pages)
-        if any(pages > self._window.get(user_id, 0) for user_id, pages in window.items()):
-            # All of them, the first of them last: what others used since goes first, then whose turn comes last.
-            self._index.touch(list(reversed(window)))
+        users = list(window)
+        if users != list(self._window):
+            self._index.set_window(users)
         self._window = window
 
     def _begin_load(self, job: Job, gpu_tokens: int) -> None:

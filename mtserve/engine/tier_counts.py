@@ -15,7 +15,7 @@ class TierCounts:
     def __init__(self, index: TieredIndex, metrics: Metrics, footprint: Footprint) -> None:
         self._index, self._metrics, self._footprint = index, metrics, footprint
         self.host_pages = 0  # that the host tier has
-        self._counted = {"gpu": 0, "host": 0, "unsaved": 0}  # evictions
+        self._counted = {"gpu": 0, "host": 0, "unsaved": 0, "declined": 0}  # evictions; stores
 
     def update(self) -> IndexStats:
         """Set the gauges, count what was evicted since the last call."""
@@ -24,8 +24,11 @@ class TierCounts:
         for name, tier in (("gpu", stats.gpu), ("host", stats.host)):
             self._metrics.set("pages_capacity", tier.total, name)
             self._metrics.set("pages_in_use", tier.used, name)
+            self._metrics.set("pinned_users", tier.pinned_users, name)
+            self._metrics.set("pinned_pages", tier.pinned_pages, name)
             self._count("evicted_pages_total", name, tier.evicted_pages, name)
         self._count("evicted_unsaved_pages_total", "unsaved", stats.unsaved_pages)
+        self._count("stores_declined_total", "declined", stats.declined_stores)
         return stats
 
     def _count(self, metric: str, key: str, total: int, label: str = "") -> None:
@@ -46,5 +49,7 @@ class TierCounts:
                 "used_bytes": tier.used * size,
                 "users": tier.users,
                 "evicted_pages": tier.evicted_pages,
+                "pinned_users": tier.pinned_users,
+                "pinned_pages": tier.pinned_pages,
             }
         return tiers

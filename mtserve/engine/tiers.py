@@ -261,6 +261,18 @@ class Tiers:
         self._poison_freed()
         return forgotten
 
+    def pin(self, users: Sequence[str]) -> int:
+        """Evict their states later than others', as far as the budget goes; returns how many were not pinned."""
+        pinned = self.index.pin(users)
+        self._counts.update()
+        return pinned
+
+    def unpin(self, users: Sequence[str]) -> int:
+        """Returns how many were pinned."""
+        unpinned = self.index.unpin(users)
+        self._counts.update()
+        return unpinned
+
     def busy(self) -> bool:
         """Whether copies are under way or should start now."""
         return self._transfers.moving > 0 or self.due_in() <= 0

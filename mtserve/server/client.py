@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -134,6 +134,14 @@ class Client:
         """Drop the cached states of one user, or of all; returns how many users had some."""
         request = pb.InvalidateRequest(all=True) if user_id is None else pb.InvalidateRequest(user_id=user_id)
         return int(self._call(self._stub.Invalidate, request, timeout_s).invalidated)
+
+    def pin(self, user_ids: Sequence[str], *, timeout_s: float | None = None) -> int:
+        """Keep these users' states before others', known or not; returns how many were not pinned. At most 65536."""
+        return int(self._call(self._stub.Pin, pb.PinRequest(user_ids=user_ids), timeout_s).pinned)
+
+    def unpin(self, user_ids: Sequence[str], *, timeout_s: float | None = None) -> int:
+        """Treat them like anybody again; returns how many were pinned."""
+        return int(self._call(self._stub.Unpin, pb.UnpinRequest(user_ids=user_ids), timeout_s).unpinned)
 
     def stats(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         """The engine's counters, nested by subject."""

@@ -118,6 +118,14 @@ class RankingService:
         return pb.InvalidateResponse(invalidated=await self._reads.call(self._engine.invalidate, user_id))
 
     @rpc
+    async def Pin(self, request: Any, remaining_s: float | None) -> pb.PinResponse:  # noqa: N802
+        return pb.PinResponse(pinned=await self._reads.call(self._engine.pin, list(request.user_ids)))
+
+    @rpc
+    async def Unpin(self, request: Any, remaining_s: float | None) -> pb.UnpinResponse:  # noqa: N802
+        return pb.UnpinResponse(unpinned=await self._reads.call(self._engine.unpin, list(request.user_ids)))
+
+    @rpc
     async def GetStats(self, request: Any, remaining_s: float | None) -> pb.GetStatsResponse:  # noqa: N802
         stats = await self._reads.call(self._engine.stats)
         return pb.GetStatsResponse(stats_json=json.dumps(stats), schema_json=self._engine.schema.to_json())

@@ -225,8 +225,9 @@ def _lost(policy: str, steps: str) -> list[str]:
         if step == "load":
             load = pool.index.begin_load("u0", chain_of([0] * 4))
             pool.index.end_load(load.ticket, True)
-        elif step == "touch":
-            pool.index.touch(["u0"])
+        elif step == "wait":
+            pool.index.set_window(["u0"])
+            pool.index.set_window([])
         else:
             pool.put(u0=chain_of([0] * 4))
     for user in (1, 2):
@@ -237,11 +238,11 @@ def _lost(policy: str, steps: str) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_counts_once_whatever_brought_its_states(name: str):
-    """A load and touches before a user's batch are no uses of their own: policies would take the user for frequent."""
+    """A load and a turn that comes near before a user's batch are no uses of their own: policies would take the user for frequent."""
     once = _lost(name, "batch")
-    assert _lost(name, "load") == _lost(name, "load touch touch") == _lost(name, "load touch batch") == once
+    assert _lost(name, "load") == _lost(name, "load wait wait") == _lost(name, "load wait batch") == once
     thrice = _lost(name, "batch batch batch")
-    assert _lost(name, "load batch touch batch batch") == thrice
+    assert _lost(name, "load batch wait batch batch") == thrice
     # lru does not count, locality not so few; wtinylfu asks for no contest before the window has passed its share.
     assert (thrice == once) is (name in ("lru", "wtinylfu", "locality"))
 

@@ -54,16 +54,6 @@ def test_a_malformed_survey_is_refused(users, chains, field):
     assert raised.value.field == field
 
 
-def test_touched_users_are_evicted_last():
-    pool = Pool(gpu=6)
-    pool.put(a=A[:8])
-    pool.put(b=B[:8])
-    pool.put(c=A[:8])
-    pool.index.touch(["a", "b", "nobody"])
-    pool.put(d=B[:16])
-    assert pool.tokens() == {"b": (8, 0), "d": (16, 0)}  # c was the oldest, then a
-
-
 def test_a_batch_is_found_only_after_its_success():
     pool = Pool()
     ticket, cached, stored, table = pool.begin(a=A[:10])

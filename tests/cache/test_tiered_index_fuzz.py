@@ -52,6 +52,16 @@ def _end(world: World, rng: random.Random) -> None:
     world.end(job, rng.random() < (0.6 if job.kind == "load" else 0.8))
 
 
+def _privilege(world: World, rng: random.Random) -> None:
+    users, dice = rng.sample([*USERS, "unknown"], rng.randint(0, 4)), rng.random()
+    if dice < 0.6:
+        world.set_window(users)
+    elif dice < 0.85:
+        world.pin(users[:2])
+    else:
+        world.unpin(users)
+
+
 def _step(world: World, rng: random.Random, histories: dict[str, list[int]]) -> None:
     user, dice = rng.choice(USERS), rng.random()
     if dice < 0.14:
@@ -69,6 +79,8 @@ def _step(world: World, rng: random.Random, histories: dict[str, list[int]]) -> 
         world.invalidate(rng.choice(pinned) if pinned and rng.random() < 0.5 else user)
     elif dice < 0.952:
         world.grow_host(rng.randrange(3))
+    elif dice < 0.98:
+        _privilege(world, rng)
     world.look(user, histories[user])
 
 
@@ -78,6 +90,7 @@ ALWAYS = {
     *("short batch", "short load", "correction", "correction during store", "correction during load"),
     *("batch over load", "spoiled batch", "success before the load", "failed batch before its load"),
     *("invalidated over load", "pages planned", "unsaved eviction", "saved eviction"),
+    *("eviction in the window", "eviction beside a window", "covered pins"),
 }
 
 
@@ -87,9 +100,9 @@ ALWAYS = {
         (1, 4, 20, 30, "lru", set()),
         (2, 3, 12, 9, "sieve", {"short store"}),
         (3, 1, 25, 40, "s3fifo", set()),
-        (8, 5, 6, 14, "arc", set()),
+        (9, 5, 6, 14, "arc", set()),
         (5, 4, 40, 8, "gdsf", {"short store"}),
-        (6, 4, 60, 80, "wtinylfu", set()),
+        (6, 4, 60, 24, "wtinylfu", {"declined store"}),
         (7, 2, 14, 60, "lru", set()),
     ],
 )

@@ -25,13 +25,18 @@ class World:
     ) -> None:
         self.rng, self.size = rng, page_tokens
         self.now = 0.0
-        self.index = TieredIndex(page_tokens, gpu_pages, host_pages, policy, self.tick, track_freed=True)
+        self.index = TieredIndex(
+            page_tokens, gpu_pages, host_pages, policy, self.tick, track_freed=True, pin_budget=0.3
+        )
         self.pages = {"gpu": {}, "host": {}}
         for tier, count in (("gpu", gpu_pages), ("host", host_pages)):
             self.pages[tier] = {page: [None] * page_tokens for page in range(count)}
         self.known: dict[str, Known] = {}
         self.jobs: list[Job] = []
         self.evictions = 0
+        self.window: list[str] = []
+        self.pinned: set[str] = set()
+        self.taker = ""  # for whom a copy is being begun
         self.seen: set[str] = set()
 
     def tick(self) -> float:
@@ -121,6 +126,7 @@ class World:
         chain = make_chain(tokens)
         before, known = self.index.stats(), self.known.get(user)
         plan = self.index.begin_load(user, chain)
+        self.taker = user
         self.poison_freed()
         target = min(known.host, common(known.chain, chain.tolist())) if known and not self.open_kinds(known) else 0
         if plan is None:
@@ -153,6 +159,8 @@ class World:
         for user in behind & set(asked) - planned.keys():
             assert self.index.stats().host.free == 0
             assert self.known[user].host % self.size == 0
+        if self.index.stats().declined_stores > before.declined_stores:
+            self.seen.add("declined store")
         return jobs
 
     def begin_copies(self, plans: list[Load] | list[Store], target: dict[str, int], before) -> list[Job]:
@@ -245,12 +253,50 @@ class World:
         self.poison_freed()
         self.sync(before)
 
+    # ---- privileges
+
+    def pin(self, users: list[str]) -> None:
+        assert self.index.pin(users) == len(set(users) - self.pinned)
+        self.pinned |= set(users)
+        self.sync(self.index.stats())
+
+    def unpin(self, users: list[str]) -> None:
+        assert self.index.unpin(users) == len(set(users) & self.pinned)
+        self.pinned -= set(users)
+        self.sync(self.index.stats())
+
+    def set_window(self, users: list[str]) -> None:
+        self.window = users
+        self.index.set_window(users)
+        self.sync(self.index.stats())
+
+    def check_window(self, shrunk: dict[str, tuple[bool, bool]]) -> None:
+        """Whose turn is near loses states on the device alone, and there not before those who have none or a later one."""
+        for user in set(self.window) & shrunk.keys():
+            assert not shrunk[user][1], f"{user}, whose turn is near, lost host pages"
+            later = [each for each in self.known if each not in self.window[: self.window.index(user) + 1]]
+            for each in later:
+                left = self.known[each].gpu and each != self.taker and not self.open_kinds(self.known[each])
+                assert not left, f"{each} kept what {user}, whose turn comes first, lost"
+            self.seen.add("eviction in the window")
+        if any(shrunk[user][0] for user in shrunk.keys() - set(self.window)) and self.window:
+            self.seen.add("eviction beside a window")
+
+    def check_pins(self, after) -> None:
+        assert after.pinned == len(self.pinned)
+        for tier in (after.gpu, after.host):
+            assert tier.pinned_pages <= 0.3 * tier.total
+            assert tier.pinned_users <= min(len(self.pinned), tier.pinned_pages)
+        self.seen |= {"covered pins"} if after.gpu.pinned_pages and after.host.pinned_pages else set()
+
     def grow_host(self, pages: int) -> None:
         before = self.index.stats()
         self.index.grow_host(pages)
         self.pages["host"] |= {before.host.total + i: [None] * self.size for i in range(pages)}
-        grown = before.host._replace(total=before.host.total + pages, free=before.host.free + pages)
-        assert self.index.stats() == before._replace(host=grown)
+        after = self.index.stats()
+        pins = {"pinned_users": after.host.pinned_users, "pinned_pages": after.host.pinned_pages}
+        grown = before.host._replace(total=before.host.total + pages, free=before.host.free + pages, **pins)
+        assert after == before._replace(host=grown)
         self.sync(before)
 
     # ---- what must hold
@@ -263,13 +309,14 @@ class World:
         self.index.check()
         after = self.index.stats()
         rows = {user: (gpu, host) for user, gpu, host in self.index.users()}
-        lost, unsaved = [0, 0], 0
+        lost, unsaved, shrunk = [0, 0], 0, {}
         for user, known in list(self.known.items()):
             gpu, host = rows.pop(user, (0, 0))
             assert gpu <= known.gpu, user
             assert host <= known.host, user
             if (gpu, host) != (known.gpu, known.host):
-                assert not self.open_kinds(known), f"{user} was evicted while pinned"
+                assert not self.open_kinds(known), f"{user} was evicted while busy"
+                shrunk[user] = (gpu < known.gpu, host < known.host)
             lost[0] += self.count(known.gpu) - self.count(gpu)
             lost[1] += self.count(known.host) - self.count(host)
             unsaved += len({t // self.size for t in range(gpu, known.gpu) if t >= known.host})
@@ -279,6 +326,9 @@ class World:
                 del self.known[user]
         assert not rows, "users the model does not know"
         self.check_counts(before, after, lost, unsaved)
+        self.check_window(shrunk)
+        self.check_pins(after)
+        self.taker = ""
 
     def check_counts(self, before, after, lost: list[int], unsaved: int) -> None:
         for pages, old, new in ((lost[0], before.gpu, after.gpu), (lost[1], before.host, after.host)):

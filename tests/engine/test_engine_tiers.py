@@ -11,6 +11,7 @@ import pytest
 from engine_world import World
 from small_models import CAUSAL, small_model
 
+from mtserve._core import policy_names
 from mtserve.cache.index import Copy
 from mtserve.errors import NotFound
 
@@ -134,8 +135,9 @@ def test_others_are_served_while_an_onload_is_under_way(world: Make) -> None:
     assert slow.verify().tier == "host"
 
 
-def test_room_is_made_by_those_whose_turn_comes_last(world: Make) -> None:
-    w = world(gpu_pages=19, max_batch_tokens=7)
+@pytest.mark.parametrize("policy", policy_names())
+def test_nobody_makes_room_for_those_whose_turn_comes_later(world: Make, policy: str) -> None:
+    w = world(gpu_pages=19, max_batch_tokens=7, policy=policy)
     for user in "dabc":
         w.put(user, 21)
         w.score(user)
@@ -143,14 +145,15 @@ def test_room_is_made_by_those_whose_turn_comes_last(world: Make) -> None:
     w.append("a", 4)
     pending = [w.submit(user, 3 if user == "a" else 7) for user in "abcd"]  # one a batch
     w.step()
-    assert mover.submitted == ["store"]  # it holds a's pages fast while d's are loaded
-    w.step()
+    assert mover.submitted == ["store"]  # it holds a's pages fast, b and c wait with theirs: no room for d's
+    w.run()
+    assert [each.verify().gpu_tokens for each in pending[1:3]] == [23, 23]
     assert mover.submitted == ["store", "load"]
-    assert pending[1].verify().gpu_tokens == 23
     for _ in range(5):
         mover.release_all()
         w.run()
     assert [each.verify().encoded_tokens for each in pending] == [4, 0, 0, 0]
+    assert pending[3].verify().host_tokens > 0
 
 
 def test_every_counter_moves_as_scripted(world: Make) -> None:

@@ -49,6 +49,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.failing = self.copies = 0
         self.delayed = False
         self.pending: list[Pending] = []
+        self.pinned: set[str] = set()
 
     @initialize(
         gpu_pages=st.sampled_from([2, 7, 12, 16]),
@@ -63,6 +64,7 @@ class EngineMachine(RuleBasedStateMachine):
         formats=st.sampled_from(FORMATS),
         policy=st.sampled_from(policy_names()),
         costs=st.sampled_from([*COSTS]),
+        pin_budget=st.sampled_from([0.0, 0.2, 0.5]),
         seed=st.integers(0, 999),
     )
     def start(
@@ -79,6 +81,7 @@ class EngineMachine(RuleBasedStateMachine):
         formats: tuple[str, str],
         policy: str,
         costs: str,
+        pin_budget: float,
         seed: int,
     ) -> None:
         gpu_format, host_format = formats
@@ -98,6 +101,7 @@ class EngineMachine(RuleBasedStateMachine):
             cold_after=5,
             max_batch_requests=5,
             write_back_idle_ms=idle_ms,
+            pin_budget=pin_budget,
         )
         if overlap != "no":
             self.world.overlap(late=overlap == "late")
@@ -126,6 +130,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.world.put(user, 2 * count, features=count % 2 == 0)
         elif kind == "delete":
             self.world.delete(user)
+            self.pinned.discard(user)
         elif kind == "features":
             self.world.put_rows(user, None, make_features(self.world.rng))
         elif user in self.world.rows:
@@ -176,6 +181,14 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 100))
     def cancel(self, which: int) -> None:
         self.pending.pop(which % len(self.pending)).future.cancel()
+
+    @rule(users=st.lists(st.sampled_from("abcde"), max_size=3), pin=st.booleans())
+    def pin_or_unpin(self, users: list[str], pin: bool) -> None:
+        was = len(self.pinned)
+        changed = (self.world.engine.pin if pin else self.world.engine.unpin)(users)
+        self.pinned = self.pinned | set(users) if pin else self.pinned - set(users)
+        assert changed == abs(len(self.pinned) - was)
+        assert self.world.tiers.index.stats().pinned == len(self.pinned)
 
     # The engine
 

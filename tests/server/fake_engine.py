@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
 from mtserve.config import EngineConfig
+from mtserve.engine.checks import check_pins
 from mtserve.errors import DeadlineExceeded, FailedPrecondition, NotFound, ResourceExhausted
 from mtserve.metrics import Metrics
 from mtserve.model.schema import Feature, FeatureSchema
@@ -45,6 +47,7 @@ class FakeEngine:
         self.append_seconds = 0.0
         self.prefetched: list[str] = []
         self.invalidated: list[str | None] = []
+        self.pinned: set[str] = set()
         self.closed = False
 
     def put_user(self, user_id: str, features: Rows | None = None, history: Rows | None = None) -> int:
@@ -103,6 +106,18 @@ class FakeEngine:
     def invalidate(self, user_id: str | None = None) -> int:
         self.invalidated.append(user_id)
         return 1 if user_id else len(self.histories)
+
+    def pin(self, user_ids: Sequence[str]) -> int:
+        check_pins(user_ids)
+        before = len(self.pinned)
+        self.pinned.update(user_ids)
+        return len(self.pinned) - before
+
+    def unpin(self, user_ids: Sequence[str]) -> int:
+        check_pins(user_ids)
+        before = len(self.pinned)
+        self.pinned.difference_update(user_ids)
+        return before - len(self.pinned)
 
     def stats(self) -> dict[str, Any]:
         return {"metrics": self.metrics.snapshot(), "queue": {"length": len(self.waiting)}}

@@ -144,6 +144,15 @@ def test_prefetch_invalidate_stats_and_schema(client: Client, engine: FakeEngine
     assert [feature["name"] for feature in client.schema()["candidate"]] == ["item", "affinity", "hour"]
 
 
+def test_pins_are_counted(client: Client, engine: FakeEngine) -> None:
+    assert client.pin(["ann", "bob"]) == 2
+    assert client.pin(("bob", "zoë", "bob")) == 1
+    assert engine.pinned == {"ann", "bob", "zoë"}
+    assert client.unpin(["bob", "eve"]) == 1
+    assert client.unpin([]) == 0
+    assert engine.pinned == {"ann", "zoë"}
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

@@ -133,7 +133,11 @@ def test_prefetch_invalidate_and_stats(engine: Any, client: Client) -> None:
     assert (cold.gpu_tokens, cold.encoded_tokens) == (0, cold.prefix_tokens)
     np.testing.assert_allclose(cold.scores, before.scores, atol=1e-5)
     client.invalidate()
+    assert client.pin(["cat", "stranger"]) == 2
+    client.score("cat", candidates(), context=CONTEXT)
+    assert client.stats()["metrics"]["pinned_users"]["gpu"] == 1
     assert client.delete_user("cat") is True
+    assert client.unpin(["cat", "stranger"]) == 1
     assert client.stats()["metrics"]["prefetches_total"] >= 1
     engine.check()
 

@@ -105,6 +105,10 @@ BAD_REQUESTS = [
     ("Prefetch", pb.PrefetchRequest(), "user_id", "0 bytes"),
     ("Invalidate", pb.InvalidateRequest(), "target", "name a user_id, or say all"),
     ("Invalidate", pb.InvalidateRequest(all=False), "target", "name a user_id, or say all"),
+    ("Pin", pb.PinRequest(user_ids=["ann", ""]), "user_id", "0 bytes"),
+    ("Pin", pb.PinRequest(user_ids=["x"] * 65537), "user_ids", "65537 users are above the limit of 65536"),
+    ("Unpin", pb.UnpinRequest(user_ids=["x" * 257]), "user_id", "257 bytes"),
+    ("Unpin", pb.UnpinRequest(user_ids=["x"] * 65537), "user_ids", "limit of 65536"),
     ("ScoreBatch", pb.ScoreBatchRequest(requests=[{}] * 3), "requests", "3 is above the limit of 2"),
 ]
 

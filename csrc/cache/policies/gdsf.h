@@ -9,13 +9,15 @@
 // 4,096 tokens in pages of 64: among users wanted equally often, the long ones stay somewhat longer.
 //
 // A heap of four children a node; entries of equal priority leave in the order of their last use. 48 bytes an entry;
-// O(log n), and O(p log p) where the p first of the heap are pinned.
+// O(log n), and O(p log p) where the p first of the heap are pinned. Held entries are taken out of the heap when a search
+// for a victim meets them, until they are used or released.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <queue>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "../errors.h"
@@ -27,10 +29,9 @@ class Gdsf final : public Policy {
 public:
     void insert(Slot slot, const Facts& facts, double) override {
         if (slot >= entries_.size()) entries_.resize(slot + 1);
-        entries_[slot] = {clock_, facts.pages, 1, static_cast<uint32_t>(heap_.size())};
+        entries_[slot] = {clock_, facts.pages, 1, kNowhere, false};
         pages_ += facts.pages;
-        heap_.push_back(rank(slot, ++uses_));
-        rise(heap_.size() - 1);
+        place(slot, ++uses_);
     }
 
     void access(Slot slot, double now) override {
@@ -46,37 +47,36 @@ public:
     void resize(Slot slot, int32_t pages) override {
         pages_ += pages - entries_[slot].pages;
         entries_[slot].pages = pages;
-        place(slot, heap_[entries_[slot].at].used);
+        if (entries_[slot].at != kAside) place(slot, heap_[entries_[slot].at].used);
     }
 
     void remove(Slot slot, bool evicted) override {
-        const uint32_t at = entries_[slot].at;
-        if (evicted) clock_ = std::max(clock_, heap_[at].priority);
+        if (evicted) clock_ = std::max(clock_, rank(slot, 0).priority);
         pages_ -= entries_[slot].pages;
-        entries_[slot].at = kNowhere;
-        const Rank last = heap_.back();
-        heap_.pop_back();
-        if (at < heap_.size()) settle(at, last);
+        take(slot);
     }
 
-    // The first in order that is not pinned: what comes next is among the children of those seen.
+    void hold(Slot slot) override { entries_[slot].held = true; }
+
+    void release(Slot slot) override {
+        entries_[slot].held = false;
+        if (entries_[slot].at == kAside) place(slot, aside_.at(slot));
+    }
+
     Slot victim(const Evictable& evictable, double) override {
-        if (heap_.empty() || evictable(heap_[0].slot)) return heap_.empty() ? kNoSlot : heap_[0].slot;
-        const auto later = [this](size_t a, size_t b) { return heap_[b] < heap_[a]; };
-        std::priority_queue<size_t, std::vector<size_t>, decltype(later)> seen(later);
-        for (seen.push(0); !seen.empty();) {
-            const size_t at = seen.top();
-            if (evictable(heap_[at].slot)) return heap_[at].slot;
-            seen.pop();
-            const size_t first = kWays * at + 1, end = std::min(first + kWays, heap_.size());
-            for (size_t child = first; child < end; ++child) seen.push(child);
+        std::vector<Slot> held;
+        const Slot found = first(evictable, held);
+        for (const Slot slot : held) {
+            aside_[slot] = heap_[entries_[slot].at].used;
+            take(slot);
+            entries_[slot].at = kAside;
         }
-        return kNoSlot;
+        return found;
     }
 
     void grow(int64_t) override {}
     bool contains(Slot slot) const override { return slot < entries_.size() && entries_[slot].at != kNowhere; }
-    size_t size() const override { return heap_.size(); }
+    size_t size() const override { return heap_.size() + aside_.size(); }
     int64_t pages() const override { return pages_; }
 
     void check() const override {
@@ -88,6 +88,11 @@ public:
                 throw corrupt_state("policy", "gdsf heap is broken at slot " + std::to_string(slot));
             pages += entries_[slot].pages;
         }
+        for (const auto& [slot, used] : aside_) {
+            if (!contains(slot) || entries_[slot].at != kAside || !entries_[slot].held || entries_[slot].pages < 1)
+                throw corrupt_state("policy", "gdsf has slot " + std::to_string(slot) + " aside in vain");
+            pages += entries_[slot].pages;
+        }
         if (pages != pages_)
             throw corrupt_state("policy", "gdsf has " + std::to_string(pages) + " of " + std::to_string(pages_) + " pages");
     }
@@ -95,7 +100,7 @@ public:
 private:
     static constexpr size_t kWays = 4;
     static constexpr double kEvenPages = 64;
-    static constexpr uint32_t kNowhere = UINT32_MAX;
+    static constexpr uint32_t kNowhere = UINT32_MAX, kAside = UINT32_MAX - 1;
     struct Rank {
         double priority;
         uint64_t used;  // the number of its last use
@@ -109,6 +114,7 @@ private:
         int32_t pages = 0;
         uint32_t uses = 0;
         uint32_t at = kNowhere;  // in the heap
+        bool held = false;
     };
 
     static size_t parent(size_t at) { return (at - 1) / kWays; }
@@ -118,7 +124,44 @@ private:
         return {entry.clock + entry.uses * (1 + entry.pages / kEvenPages), used, slot};
     }
 
-    void place(Slot slot, uint64_t used) { settle(entries_[slot].at, rank(slot, used)); }
+    // The first in order that is not pinned: what comes next is among the children of those seen. `held`: those met.
+    Slot first(const Evictable& evictable, std::vector<Slot>& held) const {
+        if (heap_.empty() || evictable(heap_[0].slot)) return heap_.empty() ? kNoSlot : heap_[0].slot;
+        const auto later = [this](size_t a, size_t b) { return heap_[b] < heap_[a]; };
+        std::priority_queue<size_t, std::vector<size_t>, decltype(later)> seen(later);
+        for (seen.push(0); !seen.empty();) {
+            const size_t at = seen.top();
+            const Slot slot = heap_[at].slot;
+            if (evictable(slot)) return slot;
+            if (entries_[slot].held) held.push_back(slot);
+            seen.pop();
+            const size_t child = kWays * at + 1, end = std::min(child + kWays, heap_.size());
+            for (size_t each = child; each < end; ++each) seen.push(each);
+        }
+        return kNoSlot;
+    }
+
+    // Moves the entry, wherever it is, to where its last use puts it.
+    void place(Slot slot, uint64_t used) {
+        if (entries_[slot].at == kAside) aside_.erase(slot);
+        if (entries_[slot].at >= kAside) {
+            entries_[slot].at = static_cast<uint32_t>(heap_.size());
+            heap_.push_back(rank(slot, used));
+        }
+        settle(entries_[slot].at, rank(slot, used));
+    }
+
+    void take(Slot slot) {
+        const uint32_t at = entries_[slot].at;
+        entries_[slot].at = kNowhere;
+        if (at == kAside) {
+            aside_.erase(slot);
+            return;
+        }
+        const Rank last = heap_.back();
+        heap_.pop_back();
+        if (at < heap_.size()) settle(at, last);
+    }
 
     void put(size_t at, const Rank& rank) {
         heap_[at] = rank;
@@ -153,6 +196,7 @@ private:
 
     std::vector<Entry> entries_;  // by slot
     std::vector<Rank> heap_;
+    std::unordered_map<Slot, uint64_t> aside_;  // held entries that a search has met, and the number of their last use
     double clock_ = 0;
     uint64_t uses_ = 0;
     int64_t pages_ = 0;

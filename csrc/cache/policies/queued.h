@@ -1,5 +1,9 @@
 // Policies made of queues: doubly linked lists of slots, oldest to newest, all through one array indexed by slot.
 // A listed entry is in exactly one of them.
+//
+// Held entries stay in their places until a search for a victim meets them. It puts them aside, into a list of the same
+// queue before all others in it, so that no search meets them twice. Used, they go where others go; released, they are
+// the oldest of their queue again.
 #pragma once
 
 #include <array>
@@ -21,6 +25,18 @@ public:
         queues_[node.queue].pages += pages - node.pages;
         pages_ += pages - node.pages;
         node.pages = pages;
+    }
+
+    void hold(Slot slot) final { nodes_[slot].held = true; }
+
+    void release(Slot slot) final {
+        Node& node = nodes_[slot];
+        node.held = false;
+        if (!node.aside) return;
+        unlink(slot);
+        Ends& ends = queues_[node.queue];
+        join(slot, ends, kNoSlot, ends.oldest);
+        node.aside = false;
     }
 
     void grow(int64_t) override {}
@@ -49,12 +65,17 @@ protected:
         Slot older = kNoSlot, newer = kNoSlot;
         int32_t pages = 0;
         int8_t queue = kNowhere;
+        bool held = false, aside = false;
         Note note{};
     };
-    struct Queue {
+    struct Ends {
         Slot oldest = kNoSlot, newest = kNoSlot;
+    };
+    // The ends are of those that are not aside, the counts of all.
+    struct Queue : Ends {
         size_t size = 0;
         int64_t pages = 0;
+        Ends aside;
     };
 
     void push_newest(Slot slot, int8_t queue, int32_t pages, const Note& note) {
@@ -66,20 +87,40 @@ protected:
 
     void move_to_newest(Slot slot, int8_t queue) {
         if (queues_[queue].newest == slot) return;
-        unlink(slot);
+        take(slot);
         link(slot, queue);
     }
 
     void drop(Slot slot) {
-        unlink(slot);
+        take(slot);
         nodes_[slot].queue = kNowhere;
+        nodes_[slot].held = false;
     }
 
-    // Looks at no more entries than are pinned, and one.
-    Slot oldest(int8_t queue, const Evictable& evictable) const {
+    // Looks at no more entries than are pinned, those held since they were met last, and one.
+    Slot oldest(int8_t queue, const Evictable& evictable) {
         Slot slot = queues_[queue].oldest;
-        while (slot != kNoSlot && !evictable(slot)) slot = nodes_[slot].newer;
+        while (slot != kNoSlot && !evictable(slot)) slot = pass(slot);
         return slot;
+    }
+
+    // The oldest, aside or not.
+    Slot eldest(int8_t queue) const {
+        const Queue& from = queues_[queue];
+        return from.aside.oldest == kNoSlot ? from.oldest : from.aside.oldest;
+    }
+
+    // The next after one that may not be taken now, which is put aside if it is held.
+    Slot pass(Slot slot) {
+        Node& node = nodes_[slot];
+        const Slot next = node.newer;
+        if (node.held) {
+            unlink(slot);
+            Ends& aside = queues_[node.queue].aside;
+            join(slot, aside, aside.newest, kNoSlot);
+            node.aside = true;
+        }
+        return next;
     }
 
     const Queue& queue(int8_t which) const { return queues_[which]; }
@@ -92,40 +133,57 @@ private:
     void link(Slot slot, int8_t which) {
         Node& node = nodes_[slot];
         Queue& queue = queues_[which];
-        node.older = queue.newest;
-        node.newer = kNoSlot;
         node.queue = which;
-        (queue.newest == kNoSlot ? queue.oldest : nodes_[queue.newest].newer) = slot;
-        queue.newest = slot;
+        node.aside = false;
+        join(slot, queue, queue.newest, kNoSlot);
         queue.pages += node.pages;
         pages_ += node.pages;
         ++queue.size;
         ++size_;
     }
 
+    void take(Slot slot) {
+        unlink(slot);
+        Queue& queue = queues_[nodes_[slot].queue];
+        queue.pages -= nodes_[slot].pages;
+        pages_ -= nodes_[slot].pages;
+        --queue.size;
+        --size_;
+    }
+
+    void join(Slot slot, Ends& ends, Slot older, Slot newer) {
+        nodes_[slot].older = older;
+        nodes_[slot].newer = newer;
+        (older == kNoSlot ? ends.oldest : nodes_[older].newer) = slot;
+        (newer == kNoSlot ? ends.newest : nodes_[newer].older) = slot;
+    }
+
     void unlink(Slot slot) {
         const Node& node = nodes_[slot];
         Queue& queue = queues_[node.queue];
-        (node.older == kNoSlot ? queue.oldest : nodes_[node.older].newer) = node.newer;
-        (node.newer == kNoSlot ? queue.newest : nodes_[node.newer].older) = node.older;
-        queue.pages -= node.pages;
-        pages_ -= node.pages;
-        --queue.size;
-        --size_;
+        Ends& ends = node.aside ? queue.aside : static_cast<Ends&>(queue);
+        (node.older == kNoSlot ? ends.oldest : nodes_[node.older].newer) = node.newer;
+        (node.newer == kNoSlot ? ends.newest : nodes_[node.newer].older) = node.older;
     }
 
     void check_queue(int8_t which) const {
         const Queue& queue = queues_[which];
         size_t walked = 0;
         int64_t pages = 0;
-        Slot older = kNoSlot;
-        for (Slot slot = queue.oldest; slot != kNoSlot; older = slot, slot = nodes_[slot].newer) {
-            const Node& node = nodes_[slot];
-            if (node.queue != which || node.older != older || node.pages < 1 || ++walked > queue.size)
-                throw corrupt_state("policy", "queue " + std::to_string(which) + " is broken at slot " + std::to_string(slot));
-            pages += node.pages;
+        for (const bool aside : {false, true}) {
+            const Ends& ends = aside ? queue.aside : static_cast<const Ends&>(queue);
+            Slot older = kNoSlot;
+            for (Slot slot = ends.oldest; slot != kNoSlot; older = slot, slot = nodes_[slot].newer) {
+                const Node& node = nodes_[slot];
+                if (node.queue != which || node.older != older || node.pages < 1 || ++walked > queue.size ||
+                    node.aside != aside || (aside && !node.held))
+                    throw corrupt_state("policy", "queue " + std::to_string(which) + " is broken at slot " + std::to_string(slot));
+                pages += node.pages;
+            }
+            if (ends.newest != older)
+                throw corrupt_state("policy", "queue " + std::to_string(which) + " ends at slot " + std::to_string(older));
         }
-        if (walked != queue.size || pages != queue.pages || queue.newest != older)
+        if (walked != queue.size || pages != queue.pages)
             throw corrupt_state("policy", "queue " + std::to_string(which) + " has " + std::to_string(walked) + " of " +
                                               std::to_string(queue.size) + " entries, " + std::to_string(pages) + " of " +
                                               std::to_string(queue.pages) + " pages");

@@ -78,14 +78,14 @@ private:
     Slot main_victim(const Evictable& evictable) {
         Slot slot = queue(kMain).oldest;
         while (slot != kNoSlot) {
-            const Slot next = node(slot).newer == kNoSlot ? slot : node(slot).newer;
             if (!evictable(slot)) {
-                if (next == slot) return kNoSlot;
-            } else {
-                if (node(slot).note.uses == 0) return slot;
-                --note(slot).uses;
-                move_to_newest(slot, kMain);
+                slot = pass(slot);
+                continue;
             }
+            const Slot next = node(slot).newer == kNoSlot ? slot : node(slot).newer;
+            if (node(slot).note.uses == 0) return slot;
+            --note(slot).uses;
+            move_to_newest(slot, kMain);
             slot = next;
         }
         return kNoSlot;

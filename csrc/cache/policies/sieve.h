@@ -2,7 +2,8 @@
 // entry not used since it came by last.
 // Zhang et al., "SIEVE is Simpler than LRU", NSDI 2024. 16 bytes an entry; O(1), amortised over the uses.
 //
-// The hand passes pinned entries as if they had been used, and leaves their mark alone.
+// The hand passes pinned entries as if they had been used, and leaves their mark alone. It puts held ones aside; released,
+// they are before all others, where the hand comes by last.
 #pragma once
 
 #include "queued.h"
@@ -28,10 +29,13 @@ public:
         // The first round may do no more than unmark, the second meets an unmarked one unless all are pinned.
         for (size_t steps = 2 * size(); steps > 0; --steps) {
             if (hand_ == kNoSlot) hand_ = queue(0).oldest;
-            if (evictable(hand_)) {
-                if (!node(hand_).note.visited) return hand_;
-                note(hand_).visited = false;
+            if (hand_ == kNoSlot) return kNoSlot;  // all are aside
+            if (!evictable(hand_)) {
+                hand_ = pass(hand_);
+                continue;
             }
+            if (!node(hand_).note.visited) return hand_;
+            note(hand_).visited = false;
             hand_ = node(hand_).newer;
         }
         return kNoSlot;

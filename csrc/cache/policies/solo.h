@@ -29,15 +29,33 @@ public:
     void access(Slot slot, double now) { policy_->access(listed(slot), finite(now)); }
     void refresh(Slot slot, double now) { policy_->refresh(listed(slot), finite(now)); }
     void resize(Slot slot, int32_t pages) { policy_->resize(listed(slot), checked(pages)); }
-    void remove(Slot slot, bool evicted) { policy_->remove(listed(slot), evicted); }
+    void remove(Slot slot, bool evicted) {
+        policy_->remove(listed(slot), evicted);
+        held_.erase(slot);
+    }
+    void hold(Slot slot) {
+        if (held_.insert(listed(slot)).second) policy_->hold(slot);
+    }
+    void release(Slot slot) {
+        if (!held_.erase(listed(slot))) throw invalid_argument("slot", std::to_string(slot) + " is not held");
+        policy_->release(slot);
+    }
+    bool admits(uint64_t key, int32_t pages, Slot victim) const {
+        return policy_->admits({key, checked(pages)}, listed(victim), 0);
+    }
+    void decline(uint64_t key, int32_t pages) { policy_->decline({key, checked(pages)}, 0); }
 
     Slot victim(const std::unordered_set<Slot>& pinned, double now) {
         struct Others final : Policy::Evictable {
-            explicit Others(const std::unordered_set<Slot>& pinned) : pinned(pinned) {}
-            bool operator()(Slot slot) const override { return !pinned.count(slot); }
+            Others(const std::unordered_set<Slot>& pinned, Solo& solo) : pinned(pinned), solo(solo) {}
+            bool operator()(Slot slot) const override {
+                ++solo.looks_;
+                return !pinned.count(slot) && !solo.held_.count(slot);
+            }
             const std::unordered_set<Slot>& pinned;
+            Solo& solo;
         };
-        return policy_->victim(Others(pinned), finite(now));
+        return policy_->victim(Others(pinned, *this), finite(now));
     }
 
     void grow(int64_t pages) {
@@ -48,6 +66,7 @@ public:
     }
 
     const Policy& policy() const { return *policy_; }
+    int64_t looks() const { return looks_; }  // at entries, by all searches of `victim`
 
     // Requests of whole users, one after the other, each of pages[user] pages; the users of the last `recent` requests
     // are pinned. One request follows the other after `every_s` seconds, from `start_s` on. Returns how many requests found
@@ -139,6 +158,8 @@ private:
     std::vector<Slot> slot_of_;     // by user of a replay; kNoSlot where not listed
     std::vector<int32_t> user_of_;  // by slot
     std::vector<Slot> free_;
+    std::unordered_set<Slot> held_;
+    int64_t looks_ = 0;
 };
 
 }  // namespace mtserve

@@ -30,9 +30,9 @@ public:
         push_newest(slot, kWindow, facts.pages, {facts.key});
         if (std::exchange(made_room_, false)) return;  // what was taken from others is not there for anybody to enter
         while (queue(kWindow).pages > window_pages()) {
-            const Slot eldest = queue(kWindow).oldest;
-            if (main_pages() + node(eldest).pages > capacity_ - window_pages()) return;
-            move_to_newest(eldest, kProbation);
+            const Slot first = eldest(kWindow);
+            if (main_pages() + node(first).pages > capacity_ - window_pages()) return;
+            move_to_newest(first, kProbation);
         }
     }
 
@@ -40,11 +40,21 @@ public:
         count(node(slot).note.key);
         if (node(slot).queue != kProbation) return refresh(slot, now);
         move_to_newest(slot, kProtected);
-        while (queue(kProtected).pages > protected_pages()) move_to_newest(queue(kProtected).oldest, kProbation);
+        while (queue(kProtected).pages > protected_pages()) move_to_newest(eldest(kProtected), kProbation);
     }
 
     void refresh(Slot slot, double) override { move_to_newest(slot, node(slot).queue); }
     void remove(Slot slot, bool) override { drop(slot); }
+
+    // As in the contest, with the request that brings the newcomer, which is not counted yet.
+    bool admits(const Facts& newcomer, Slot victim, double) const override {
+        return sketch_.estimate(newcomer.key) + 1 > frequency(victim);
+    }
+
+    void decline(const Facts& newcomer, double) override {
+        made_room_ = false;
+        count(newcomer.key);
+    }
 
     Slot victim(const Evictable& evictable, double) override {
         made_room_ = true;

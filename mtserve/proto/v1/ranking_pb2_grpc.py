@@ -79,6 +79,16 @@ class RankingStub(object):
                 request_serializer=mtserve_dot_proto_dot_v1_dot_ranking__pb2.InvalidateRequest.SerializeToString,
                 response_deserializer=mtserve_dot_proto_dot_v1_dot_ranking__pb2.InvalidateResponse.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/mtserve.v1.Ranking/Pin',
+                request_serializer=mtserve_dot_proto_dot_v1_dot_ranking__pb2.PinRequest.SerializeToString,
+                response_deserializer=mtserve_dot_proto_dot_v1_dot_ranking__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/mtserve.v1.Ranking/Unpin',
+                request_serializer=mtserve_dot_proto_dot_v1_dot_ranking__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=mtserve_dot_proto_dot_v1_dot_ranking__pb2.UnpinResponse.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/mtserve.v1.Ranking/GetStats',
                 request_serializer=mtserve_dot_proto_dot_v1_dot_ranking__pb2.GetStatsRequest.SerializeToString,
@@ -151,6 +161,21 @@ class RankingServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Keeps users' cached states before those of others, as far as the server's budget for
+        that goes. For users known or not, until Unpin, DeleteUser or the server's end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Treats users like anybody again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
         """The model's feature schema and the engine's counters.
         """
@@ -200,6 +225,16 @@ def add_RankingServicer_to_server(servicer, server):
                     servicer.Invalidate,
                     request_deserializer=mtserve_dot_proto_dot_v1_dot_ranking__pb2.InvalidateRequest.FromString,
                     response_serializer=mtserve_dot_proto_dot_v1_dot_ranking__pb2.InvalidateResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=mtserve_dot_proto_dot_v1_dot_ranking__pb2.PinRequest.FromString,
+                    response_serializer=mtserve_dot_proto_dot_v1_dot_ranking__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=mtserve_dot_proto_dot_v1_dot_ranking__pb2.UnpinRequest.FromString,
+                    response_serializer=mtserve_dot_proto_dot_v1_dot_ranking__pb2.UnpinResponse.SerializeToString,
             ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
@@ -428,6 +463,60 @@ class Ranking(object):
             '/mtserve.v1.Ranking/Invalidate',
             mtserve_dot_proto_dot_v1_dot_ranking__pb2.InvalidateRequest.SerializeToString,
             mtserve_dot_proto_dot_v1_dot_ranking__pb2.InvalidateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mtserve.v1.Ranking/Pin',
+            mtserve_dot_proto_dot_v1_dot_ranking__pb2.PinRequest.SerializeToString,
+            mtserve_dot_proto_dot_v1_dot_ranking__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mtserve.v1.Ranking/Unpin',
+            mtserve_dot_proto_dot_v1_dot_ranking__pb2.UnpinRequest.SerializeToString,
+            mtserve_dot_proto_dot_v1_dot_ranking__pb2.UnpinResponse.FromString,
             options,
             channel_credentials,
             insecure,
