@@ -37,13 +37,13 @@ def ebnerd_trace() -> Path | None:
     return None
 
 
-def replay(trace: Path, *options: str) -> dict[str, Any]:
-    """The JSON of one replay; exits when the replay itself says that scores disagree."""
+def replay(trace: Path, *options: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """The JSON of one replay, in this process's environment by default; exits when it says that scores disagree."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "replay.json"
         command = [sys.executable, "-m", "mtserve", "replay", str(trace), "--json", str(target), *options]
         print("$ mtserve", " ".join(command[3:]), flush=True)
-        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        status = subprocess.run(command, cwd=ROOT, check=False, env=environment).returncode
         if status != 0:
             sys.exit(f"the replay failed with status {status}")
         result: dict[str, Any] = json.loads(target.read_text())

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import queue
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench_replay import ROOT, ebnerd_trace, replay, sweep, table
+from bench_replay import ROOT, SHARES, ebnerd_trace, replay, table
 
 from mtserve.provenance import stamp
 
@@ -51,29 +55,41 @@ RESTORING_SETTINGS = {
 VERIFIED = ("--verify", "10", "--verify-tokens", "2048")
 
 
-def run_tests() -> dict[str, int]:
-    """Counts of the tests marked gpu; exits when one failed or none ran."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu",
-            "--durations",
-            "12",
-            f"--junitxml={report}",
-            "tests/gpu",
-        ]
-        status = subprocess.run(command, cwd=ROOT, check=False).returncode
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-        assert suite is not None
-        counts = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
-    counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-    if status != 0 or counts["passed"] == 0:
-        sys.exit(f"GPU tests: {counts}; at least one must run and none may fail (pytest said {status})")
+def first_device(number: int, devices: int) -> dict[str, str]:
+    """The environment in which device `number` comes first, and the others behind it."""
+    order = [str((number + place) % devices) for place in range(devices)]
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(order)}
+
+
+def run_tests(processes: int, devices: int) -> dict[str, int]:
+    """Counts of the tests marked gpu, by so many processes at once; exits when one failed or none ran."""
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"), key=lambda path: -path.stat().st_size)
+    shares = [share for number in range(processes) if (share := files[number::processes])]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(shares)) as pool:
+
+        def run(number: int) -> dict[str, int]:
+            return run_share(shares[number], Path(folder) / f"{number}.xml", first_device(number, devices))
+
+        found = list(pool.map(run, range(len(shares))))
+    counts = {key: sum(each[key] for each in found) for key in found[0]}
+    if counts["status"] or counts["passed"] == 0:
+        sys.exit(f"GPU tests: {counts}; at least one must run and none may fail")
+    del counts["status"]
     return counts
+
+
+def run_share(files: Sequence[Path], report: Path, environment: dict[str, str]) -> dict[str, int]:
+    """Counts of the tests of these files; `status`: what pytest said, 0 where none failed."""
+    command = [
+        sys.executable, "-m", "pytest", "-m", "gpu", "--durations", "12", f"--junitxml={report}", *map(str, files)
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, check=False, env=environment, text=True, capture_output=True)
+    print(done.stdout, done.stderr, flush=True)
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    counts = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
+    passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
+    return {**counts, "passed": passed, "status": done.returncode}
 
 
 def run_benchmark(name: str, out: Path) -> None:
@@ -86,39 +102,57 @@ def run_benchmark(name: str, out: Path) -> None:
         sys.exit(f"bench_{name} failed with status {status}")
 
 
-def generated_trace(folder: Path, users: int, requests: int, seed: int) -> Path:
-    """A calibrated-synthetic trace."""
-    path = folder / "generated.jsonl.gz"
+def generated_trace(path: Path, users: int, requests: int, seed: int) -> Path:
+    """A calibrated-synthetic trace, written to `path`."""
     size = ["--users", str(users), "--requests", str(requests), "--seed", str(seed), "--out", str(path)]
     subprocess.run([sys.executable, "-m", "mtserve", "trace", "generate", *size], cwd=ROOT, check=True)
     return path
 
 
-def run_replays(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The EB-NeRD sweep where its trace is here, and the generated trace; exits when scores disagree."""
+def run_replays(options: argparse.Namespace, devices: int) -> dict[str, dict[str, Any]]:
+    """The EB-NeRD sweep where its trace is here, and the generated traces, one at a time on each device; exits when
+    scores disagree.
+    """
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(devices) as pool:
+        wanted = replay_words(options, Path(folder))
+        free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for device in range(devices):
+            free.put(device)
+
+        def run(words: list[str]) -> dict[str, Any]:
+            device = free.get()
+            try:
+                return replay(Path(words[0]), *words[1:], environment=first_device(device, devices))
+            finally:
+                free.put(device)
+
+        return dict(zip(wanted, pool.map(run, wanted.values()), strict=True))
+
+
+def replay_words(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
+    """Of each replay its trace and flags."""
     common = ["--device", "cuda", "--model", "hstu-512", "--seed", str(options.seed)]
-    replays = {}
-    trace = ebnerd_trace()
-    if trace is None:
+    ten, whole = ("--gpu-cache", "10%ws"), ("--host-cache", "100%ws")
+    words: dict[str, list[str]] = {}
+    real = ebnerd_trace()
+    if real is None:
         print("the EB-NeRD trace is not here: its replays are left out")
     else:
-        swept = sweep(trace, *common, "--verify", "40")
-        replays |= {f"ebnerd {share}": each for share, each in swept.items()}
-    with tempfile.TemporaryDirectory() as folder:
+        for share in SHARES:
+            flags = [*common, "--gpu-cache", share, *whole, "--verify", "40"]
+            words[f"ebnerd {share}"] = [str(real), *flags]
 
-        def add(settings: dict[str, tuple[str, ...]], users: int, requests: int, baseline: int) -> None:
-            trace = generated_trace(Path(folder), users, requests, options.seed)
-            for name, each in settings.items():
-                checks = ["--baseline-requests", str(baseline), *VERIFIED]
-                replays[name] = replay(trace, *common, *each, *checks)
+    def add(settings: dict[str, tuple[str, ...]], users: int, requests: int, baseline: int) -> None:
+        path = generated_trace(folder / f"{users}.jsonl.gz", users, requests, options.seed)
+        for name, flags in settings.items():
+            words[name] = [str(path), *common, *flags, "--baseline-requests", str(baseline), *VERIFIED]
 
-        ten, whole = ("--gpu-cache", "10%ws"), ("--host-cache", "100%ws")
-        add({GENERATED: ("--gpu-cache", "25%ws", *whole)}, options.users, options.requests, 400)
-        returning = {name: (*ten, *each) for name, each in RETURNING_SETTINGS.items()}
-        add(returning, RETURNING_USERS, 2 * options.requests, 300)
-        restoring = {name: (*ten, *whole, *each) for name, each in RESTORING_SETTINGS.items()}
-        add(restoring, RESTORING_USERS, 2 * options.requests, 600)
-    return replays
+    add({GENERATED: ("--gpu-cache", "25%ws", *whole)}, options.users, options.requests, 400)
+    returning = {name: (*ten, *each) for name, each in RETURNING_SETTINGS.items()}
+    add(returning, RETURNING_USERS, 2 * options.requests, 300)
+    restoring = {name: (*ten, *whole, *each) for name, each in RESTORING_SETTINGS.items()}
+    add(restoring, RESTORING_USERS, 2 * options.requests, 600)
+    return words
 
 
 def check_returning(result: dict[str, Any]) -> None:
@@ -148,6 +182,7 @@ def main() -> int:
     parser.add_argument(
         "--benchmarks", nargs="*", choices=BENCHMARKS, default=BENCHMARKS, help="which to run besides tests and replays"
     )
+    parser.add_argument("--test-processes", type=int, default=1, help="processes that run the tests, in turn a device")
     options = parser.parse_args()
 
     import torch
@@ -155,10 +190,14 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here; this check is for a machine that has one")
     options.out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"stamp": stamp(seed=options.seed, device="cuda:0"), "tests": run_tests()}
+    result: dict[str, Any] = {
+        "stamp": stamp(seed=options.seed, device="cuda:0"),
+    }
+    devices = torch.cuda.device_count()
+    result["tests"] = run_tests(max(1, options.test_processes), devices)
     for name in options.benchmarks:
         run_benchmark(name, options.out)
-    result["replays"] = run_replays(options)
+    result["replays"] = run_replays(options, devices)
     print(table(result["replays"]))
     check_padding(result["replays"][GENERATED])
     check_returning(result["replays"][RETURNING])

@@ -211,8 +211,9 @@ def test_engines_on_two_devices_take_turns_in_one_thread(host_format: str) -> No
                     else:
                         w.append(user, 7)
                     pending.append(w.submit(user, 64))
-                for w in worlds:
-                    w.run()
+                while not all(each.future.done() for each in pending) or any(w.engine._core.busy() for w in worlds):
+                    for w in worlds:
+                        w.step()
                 check(pending)
         for w in worlds:
             assert w.value("loads_total") > 0
