@@ -6,6 +6,7 @@ import importlib
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -72,3 +73,12 @@ def test_tests_that_fail_or_do_not_run_fail_the_check(gpu_check: ModuleType, mon
         monkeypatch.setattr(gpu_check, "run_share", lambda *_, wrong=wrong: wrong)
         with pytest.raises(SystemExit, match="at least one must run and none may fail"):
             gpu_check.run_tests(1, 1)
+
+
+def test_a_replay_that_nothing_was_held_against_fails_the_check(gpu_check: ModuleType) -> None:
+    def replay(requests: int) -> dict[str, Any]:
+        return {"agreement": {"verified": {"requests": requests}}}
+
+    gpu_check.check_verified({"one": replay(1)})
+    with pytest.raises(SystemExit, match="no request was recomputed in fp32 of two"):
+        gpu_check.check_verified({"one": replay(1), "two": replay(0)})

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtserve.cache.index import Copy, TieredIndex
+from mtserve.cache.index import Copy, IndexStats, TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine.footprint import Footprint
 from mtserve.engine.job import Job
@@ -87,6 +87,7 @@ class Tiers:
         self._write_back = WriteBack(index, clock, config.write_back_idle_ms / 1000)
         self._deferred = False  # whether write-backs wait for the link
         self._reserved_pages = 0  # of the batch under way
+        self._lost_pages = 0  # evicted before they were saved
         pool_bytes = len(mover.pool) * footprint.gpu
         self._queue_pages = max(
             1, parse_capacity(config.write_back_queue, of=pool_bytes, field="write_back_queue") // self._page_bytes
@@ -218,8 +219,14 @@ class Tiers:
         if success and self._has_host:
             self._write_back.grew([slot.user_id for slot in slots if slot.keep])
         self._poison_freed()
-        self._counts.update()
+        self._note_lost(self._counts.update())
         return spoiled
+
+    def _note_lost(self, stats: IndexStats) -> None:
+        """Save last pages sooner where they are evicted before, and the host would have had room for them."""
+        if stats.unsaved_pages > self._lost_pages and stats.host.free:
+            self._write_back.hurry()
+        self._lost_pages = stats.unsaved_pages
 
     def restored(self, restored: Restored, seconds: float) -> None:
         """A batch that restored states took so long, from the decision to its landing."""

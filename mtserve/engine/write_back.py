@@ -8,13 +8,17 @@ from collections.abc import Iterable
 from mtserve.cache.index import Store, TieredIndex
 from mtserve.types import Clock
 
+# How long last pages are saved at once after one was lost: many times what it takes users to come and go then.
+HURRY_S = 1.0
+
 
 class WriteBack:
     """Picks what to save: full pages right after the batch that filled them, the rest once its user has been idle.
 
     A request appends a few tokens to a user's last page, and the next one a few more. Copied each time, the page
     would cross the link again and again for tokens that soon follow; copied once its user has paused, it crosses
-    once. A user who loses the page before that encodes less than a page again.
+    once. A user who loses the page before that encodes less than a page again. Where that happens, because users come and
+    go faster than they pause, the last pages are saved at once for some time.
 
     What the link has no room for stays listed here, a name a user, and its states stay on the device meanwhile; so
     does what a host tier that still grows has no room for. Nothing is dropped but by eviction, which the index counts.
@@ -24,6 +28,7 @@ class WriteBack:
     def __init__(self, index: TieredIndex, clock: Clock, idle_s: float) -> None:
         """`idle_s`: seconds without a batch after which the last page is saved too; 0: at once."""
         self._index, self._clock, self._idle_s = index, clock, idle_s
+        self._hurried_until = -math.inf
         self._unsaved: dict[str, float] = {}  # user -> time of the last batch, oldest first
         self._grown: dict[str, None] = {}  # of these, users with full pages that nobody has tried to save yet
         self._crowded: dict[
@@ -43,6 +48,14 @@ class WriteBack:
             self._grown[user] = None
             self._crowded.pop(user, None)
 
+    def hurry(self) -> None:
+        """States that nobody had saved were evicted."""
+        self._hurried_until = self._clock() + HURRY_S
+
+    def _wait_s(self) -> float:
+        """Seconds without a batch after which a user's last page is saved."""
+        return self._idle_s if self._clock() >= self._hurried_until else 0.0
+
     def begin(self, pages: int, *, host_grows: bool = False) -> tuple[list[Store], bool]:
         """The copies to start now, `pages` or little more; and whether more should have started.
 
@@ -50,7 +63,7 @@ class WriteBack:
         """
         stores: list[Store] = []
         waiting: list[str] = []
-        if self._idle_s > 0:
+        if self._wait_s() > 0:
             begun, late = self._index.begin_stores(list(self._grown), tail=False, pages=pages)
             stores, waiting = begun, list(late)
         self._grown = dict.fromkeys(waiting)
@@ -86,10 +99,10 @@ class WriteBack:
         if self._grown:
             return 0.0
         oldest = next(iter(self._unsaved.values()), math.inf)
-        return max(0.0, oldest + self._idle_s - self._clock())
+        return max(0.0, oldest + self._wait_s() - self._clock())
 
     def _due(self) -> list[str]:
-        latest, due = self._clock() - self._idle_s, []
+        latest, due = self._clock() - self._wait_s(), []
         for user, last in self._unsaved.items():
             if last > latest:
                 break

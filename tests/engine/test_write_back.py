@@ -12,7 +12,7 @@ import pytest
 from engine_world import DelayedMover, World
 
 from mtserve.cache.index import TieredIndex
-from mtserve.engine.write_back import WriteBack
+from mtserve.engine.write_back import HURRY_S, WriteBack
 from mtserve.errors import TransferFailed
 
 Make = Callable[..., World]
@@ -81,6 +81,38 @@ def test_a_tail_that_was_lost_is_encoded_again(world: Make) -> None:
     assert w.held("a") == (0, 8)
     result = w.score("a")
     assert (result.gpu_tokens, result.host_tokens, result.encoded_tokens) == (0, 8, 3)
+
+
+def test_where_tails_are_lost_they_are_saved_at_once_for_some_time(world: Make) -> None:
+    w = lagging(world, gpu_pages=11)
+    w.put("a", 9)
+    w.score("a")
+    step(w)
+    w.evict_from_gpu()
+    assert w.value("evicted_unsaved_pages_total") == 1
+    w.score("a")
+    step(w)
+    assert w.held("a") == (11, 11)
+    pause(w, 1000 * HURRY_S)
+    w.put("b", 9)
+    w.score("b")
+    step(w)
+    assert w.held("b")[1] == 8
+    w.assert_idle()
+
+
+def test_a_full_host_is_in_no_hurry(world: Make) -> None:
+    w = lagging(world, gpu_pages=11, host_pages=2)
+    w.put("a", 9)
+    w.score("a")
+    step(w)
+    assert w.held("a") == (11, 8)
+    w.evict_from_gpu()
+    assert w.value("evicted_unsaved_pages_total") > 0
+    w.put("b", 1)
+    w.score("b")
+    step(w)
+    assert w.held("b") == (3, 0)
 
 
 def test_what_came_during_a_copy_is_saved_after_it(world: Make) -> None:
