@@ -79,7 +79,8 @@ def gpu_replay_lines(result: Result) -> Lines:
         "25 times each, of whom it holds 16; 'load' always loads what the host has, the others when that is expected to be",
         "sooner than encoding it again; x8, x4: how the host keeps it; uncached: the first few hundred requests alone:",
     ]
-    return [*intro, "", *replay_rows(result["replays"]), *time_lines(result["replays"])]
+    note = ["", result["note"]] if "note" in result else []
+    return [*intro, "", *replay_rows(result["replays"]), *note, *time_lines(result["replays"])]
 
 
 def time_lines(replays: dict[str, Result]) -> Lines:
