@@ -23,8 +23,9 @@ REFERENCE_RATIO = 1.2
 CHANCE = 1.0
 """Of a sample of n requests, CHANCE / sqrt(n) times further still: what rounds alike is not alike in two requests."""
 
-FORMAT_ERRORS = {"kv": 0.0, "kv8": 5e-3, "x8": 5e-3, "x4": 5e-2}
-"""Relative L2 of the logits that a host format may add, by `host_format`; benchmarks/bench_formats.py measures less."""
+FORMAT_ERRORS = {"kv": 0.0, "kv8": 5e-3, "x8": 5e-3, "x4": 8e-2}
+"""Relative L2 of the logits that a host format may add, by `host_format`. Small models with short histories have most of
+it: over 20 behaviours and random weights x4 had 0.060 to 0.068; benchmarks/bench_formats.py measures far less."""
 
 GPU_FORMAT_ERRORS = {"native": 0.0, "fp8": 5e-2}
 """As FORMAT_ERRORS, by `gpu_format`; it comes on top. Small models with short histories come near it."""
