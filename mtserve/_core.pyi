@@ -57,6 +57,7 @@ class Index:
         cached: npt.NDArray[np.int32],
         stored: npt.NDArray[np.int32],
         page_table: npt.NDArray[np.int32],
+        again: Sequence[bool],
         now: float,
     ) -> int: ...
     def end_batch(self, ticket: int, success: bool) -> list[str]: ...

@@ -73,10 +73,12 @@ Error one_chain_a_user(Py_ssize_t users) {
 }
 
 Ticket begin_batch(Index& index, nb::sequence users, nb::sequence chains, nb::handle cached, nb::handle stored,
-                   nb::handle page_table, double now) {
-    const Items user_items(users, "users"), chain_items(chains, "chains");
+                   nb::handle page_table, nb::sequence again, double now) {
+    const Items user_items(users, "users"), chain_items(chains, "chains"), again_items(again, "again");
     const Py_ssize_t rows = user_items.size();
     if (chain_items.size() != rows) throw one_chain_a_user(rows);
+    if (again_items.size() != rows && again_items.size() != 0)
+        throw invalid_argument("again", "needs one bool a user, or none: " + std::to_string(rows));
     const Buffer cached_out(cached, "cached", PyBUF_FORMAT | PyBUF_WRITABLE);
     const Buffer stored_out(stored, "stored", PyBUF_FORMAT | PyBUF_WRITABLE);
     const Buffer table_out(page_table, "page_table", PyBUF_FORMAT | PyBUF_WRITABLE);
@@ -89,6 +91,8 @@ Ticket begin_batch(Index& index, nb::sequence users, nb::sequence chains, nb::ha
     for (Py_ssize_t i = 0; i < rows; ++i) {
         held.emplace_back(chain_items[i], "chains", PyBUF_FORMAT);
         items[i] = {user_view(user_items[i], "users"), chain_view(held.back(), "chains")};
+        if (again_items.size() && !nb::try_cast(again_items[i], items[i].again))
+            throw invalid_argument("again", "needs bools");
     }
     return index.begin_batch(items, plan, now);
 }
@@ -215,7 +219,8 @@ void bind_index(nb::module_& module) {
         .def("lookup", &lookup, "user"_a, "chain"_a)
         .def("survey", &survey, "users"_a, "chains"_a)
         .def("_busy", &busy, "user"_a)
-        .def("_begin_batch", &begin_batch, "users"_a, "chains"_a, "cached"_a, "stored"_a, "page_table"_a, "now"_a)
+        .def("_begin_batch", &begin_batch, "users"_a, "chains"_a, "cached"_a, "stored"_a, "page_table"_a, "again"_a,
+             "now"_a)
         .def("end_batch",
              [](Index& index, Ticket ticket, bool success) {
                  nb::list users;

@@ -123,17 +123,18 @@ void BasicIndex<Kind>::note_return(Entry& entry, double now) {
     entry.lost.reset();
 }
 
-// A batch of the user begins: one request, however many steps brought its states before.
+// A batch of the user begins: one request, however many steps brought its states before, and however many batches it is
+// encoded in. Nor is a policy that declined the user asked again before the next request: each time is counted.
 template <typename Kind>
-void BasicIndex<Kind>::use(Entry& entry, double now) {
+void BasicIndex<Kind>::use(Entry& entry, bool again, double now) {
     for (Tier tier : kTiers) {
         Holding& holding = entry.on[tier];
         if (!holding.listed) continue;
-        if (holding.fresh) tiers_[tier].policy->refresh(entry.slot, now);
+        if (again || holding.fresh) tiers_[tier].policy->refresh(entry.slot, now);
         else tiers_[tier].policy->access(entry.slot, now);
         holding.fresh = false;
     }
-    entry.declined = false;
+    if (!again) entry.declined = false;
     use_pin(entry);
 }
 

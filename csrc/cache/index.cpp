@@ -82,7 +82,7 @@ Ticket BasicIndex<Kind>::begin_batch(const std::vector<BatchItem>& items, const 
         shield(*entries[row]);
     }
     for (size_t row = 0; row < items.size(); ++row)
-        plan_member(batch, *entries[row], items[row].chain, plan, row, now);
+        plan_member(batch, *entries[row], items[row], plan, row, now);
     return ticket;
 }
 
@@ -129,9 +129,11 @@ void BasicIndex<Kind>::correct(Entry& entry, View chain) {
 }
 
 template <typename Kind>
-void BasicIndex<Kind>::plan_member(Batch& batch, Entry& entry, View chain, const BatchPlan& plan, size_t row, double now) {
+void BasicIndex<Kind>::plan_member(Batch& batch, Entry& entry, const BatchItem& item, const BatchPlan& plan, size_t row,
+                                   double now) {
+    const View chain = item.chain;
     const int32_t wanted = pages_for(chain.size);
-    use(entry, now);
+    use(entry, item.again, now);
     acquire(entry, kGpu, wanted, now);
     const auto& pages = entry.on[kGpu].pages;
     const int64_t room = static_cast<int64_t>(pages.size()) * page_tokens_;

@@ -103,7 +103,7 @@ public:
         PageList pages;
         int32_t tokens = 0;
         bool listed = false;    // known to the tier's policy
-        bool fresh = false;     // listed by a load, whose request has had no batch yet
+        bool fresh = false;     // listed by a load: that counts the next batch, too
         bool shielded = false;  // the policy holds it: it is privileged, and nothing else keeps it
     };
 
@@ -136,6 +136,7 @@ public:
     struct BatchItem {
         UserView user;
         View chain;
+        bool again = false;  // goes on with a request that an earlier batch began: no other use of the user
     };
 
     // One load or store: pages i of both lists are twins, from page first_token / page_tokens on.
@@ -226,7 +227,7 @@ private:
 
     std::vector<Entry*> admit(const std::vector<BatchItem>& items, int32_t width, Ticket ticket);
     void correct(Entry& entry, View chain);
-    void plan_member(Batch& batch, Entry& entry, View chain, const BatchPlan& plan, size_t row, double now);
+    void plan_member(Batch& batch, Entry& entry, const BatchItem& item, const BatchPlan& plan, size_t row, double now);
     // `wanted`: pages to have, where more than the copy fills.
     CopyPlan begin_copy(Entry& entry, Tier to, int32_t target, int32_t wanted, double now);
     void end_copy(Tier to, Ticket ticket, bool success);
@@ -238,7 +239,7 @@ private:
     void evict_tail(Entry& victim, Tier tier, int32_t pages, double now);
     int64_t unsaved(const Entry& entry, int64_t kept) const;
     void note_return(Entry& entry, double now);
-    void use(Entry& entry, double now);
+    void use(Entry& entry, bool again, double now);
     void refresh(Entry& entry, double now);
     void list(Entry& entry, Tier tier, double now);
     void unlist(Entry& entry, Tier tier, bool evicted);

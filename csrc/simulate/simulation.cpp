@@ -107,7 +107,7 @@ Match Simulation::serve(const Job& job, double now) {
     for (bool first = true;; first = false) {
         int32_t cached = bring(job, loads, loaded_from, now), stored = 0;
         const int32_t end = part_end(job, cached);
-        batch_[0] = {job.user, {job.history.generation, end}};
+        batch_[0] = {job.user, {job.history.generation, end}, !first};
         index_.end_batch(index_.begin_batch(batch_, {&cached, &stored, nullptr, INT32_MAX}, now), true);
         ++stats_.batches;
         const int32_t from_host = loaded_from < 0 ? 0 : std::max(0, cached - loaded_from);

@@ -129,11 +129,12 @@ class TieredIndex(_core.Index):
     a load from later turns than its own user's alone. A store takes from neither, and finds no room.
 
     A store of a user whom a full host tier does not have yet asks the policy whether the user is worth more than whom it
-    would push out. If not, the user has what room is free, and is not asked about again until its next batch.
+    would push out. If not, the user has what room is free, and is not asked about again until its next request.
 
     A user id is 1 to 256 bytes of UTF-8, a chain uint64 [tokens] of at most 2^24; InvalidArgument otherwise.
-    `policy` is one of `mtserve._core.policy_names()`. It sees a request once, when its batch begins, whatever loads and
-    windows came before. `host_pages=0` turns the host tier off. `track_freed` makes `drain_freed` report.
+    `policy` is one of `mtserve._core.policy_names()`. It sees a request once, when its first batch begins, whatever loads
+    and windows came before, and whatever batches go on with it. `host_pages=0` turns the host tier off. `track_freed`
+    makes `drain_freed` report.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class TieredIndex(_core.Index):
         cached: npt.NDArray[np.int32],
         stored: npt.NDArray[np.int32],
         page_table: npt.NDArray[np.int32],
+        again: Sequence[bool] = (),
     ) -> int:
         """Pin B distinct users and plan where the tokens of their chains lie; the ticket for `end_batch`.
 
@@ -173,10 +175,13 @@ class TieredIndex(_core.Index):
         ends before the batch, and where it fails the batch makes none of that user's states findable.
         A store in flight is no obstacle.
 
+        `again` [B], all False where empty: the user's batch does nothing but go on with requests that earlier batches
+        began, a further part of a long prefix, say. The policy is told that the states are recent, but of no other use.
+
         Raises InvalidArgument (a user twice, a chain longer than W pages) or FailedPrecondition (a user in another
         batch) before anything changed.
         """
-        return self._begin_batch(users, chains, cached, stored, page_table, self._clock())
+        return self._begin_batch(users, chains, cached, stored, page_table, again, self._clock())
 
     def begin_load(self, user: str, chain: Chain) -> Load | None:
         """Plan host to GPU for what `chain` shares with the host copy; perhaps only a part for want of room.

@@ -19,6 +19,7 @@ class Job:
     """A request with all that scoring it needs; without candidates it only brings states onto the device.
 
     `limits`: prefix tokens that each candidate sees. `recency`: its exposure minus the last visible behaviour's time.
+    `begun`: a batch with it was begun, which the cache's policies count as a use of the user.
     `found_gpu`, `found_host`: prefix tokens found in each tier, fixed when its first tokens are encoded.
     `loads`: onloads started for it; `loaded_from`: device tokens there before the first, -1 for none that succeeded.
     `replaces`: the generation that this one ended; without states of that, encoding is not worth it.
@@ -31,6 +32,7 @@ class Job:
     future: Future[ScoreResult]
     arrived: float
     deadline: float | None = None
+    begun: bool = False
     found_gpu: int = -1
     found_host: int = 0
     loads: int = 0

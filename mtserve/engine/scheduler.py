@@ -45,6 +45,11 @@ class Slot:
     def delta(self) -> int:
         return self.encode_to - self.cached
 
+    @property
+    def again(self) -> bool:
+        """Whether all of its jobs had batches before: parts of their prefix, or one whose load failed."""
+        return all(job.begun for job in self.jobs)
+
 
 class Scheduler:
     """Queues jobs and picks batches. Owned by the engine's loop; `cached` asks how much of a prefix is on the device."""

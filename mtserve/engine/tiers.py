@@ -176,12 +176,16 @@ class Tiers:
         restored = None if self.restoring is None else self._begin_restore(self.restoring, slots)
         users = [slot.user_id for slot in kept]
         chains = [slot.sequence.chain[: slot.encode_to] if slot.partial else slot.sequence.chain for slot in kept]
+        again, rows = [slot.again for slot in kept], slice(len(kept))
         try:
-            ticket = self.index.begin_batch(users, chains, cached[: len(kept)], stored[: len(kept)], table[: len(kept)])
+            ticket = self.index.begin_batch(users, chains, cached[rows], stored[rows], table[rows], again)
         except Exception:
             if self.restoring is not None:
                 self.restoring.end(restored, success=False)
             raise
+        for slot in kept:
+            for job in slot.jobs:
+                job.begun = True
         cached[len(kept) :] = stored[len(kept) :] = 0
         table[len(kept) :] = -1
         self._note_evictions()

@@ -31,7 +31,8 @@ def _begin_batch(world: World, rng: random.Random, histories: dict[str, list[int
     if loading and not set(users) & set(loading):
         users[0] = rng.choice(loading)
     if users:
-        world.begin_batch(users, [_request(rng, histories, user, WIDTH * world.size) for user in users])
+        tokens = [_request(rng, histories, user, WIDTH * world.size) for user in users]
+        world.begin_batch(users, tokens, [rng.random() < 0.3 for _ in users])
 
 
 def _begin_load(world: World, rng: random.Random, histories: dict[str, list[int]]) -> None:

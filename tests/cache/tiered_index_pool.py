@@ -22,15 +22,15 @@ class Pool:
     def __init__(self, gpu: int = 8, host: int = 8, **more) -> None:
         self.index = TieredIndex(P, gpu, host, clock=lambda: 0.0, **more)
 
-    def begin(self, **chains) -> tuple[int, list[int], list[int], list[list[int]]]:
+    def begin(self, again: bool = False, **chains) -> tuple[int, list[int], list[int], list[list[int]]]:
         rows = len(chains)
         cached, stored, table = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.zeros((rows, 10), np.int32)
-        ticket = self.index.begin_batch(list(chains), list(chains.values()), cached, stored, table)
+        ticket = self.index.begin_batch(list(chains), list(chains.values()), cached, stored, table, [again] * rows)
         self.index.check()
         return ticket, cached.tolist(), stored.tolist(), table.tolist()
 
-    def put(self, success: bool = True, **chains) -> None:
-        self.index.end_batch(self.begin(**chains)[0], success)
+    def put(self, success: bool = True, again: bool = False, **chains) -> None:
+        self.index.end_batch(self.begin(again, **chains)[0], success)
         self.index.check()
 
     def store(self, user: str) -> None:

@@ -67,7 +67,7 @@ class World:
 
     # ---- batches
 
-    def begin_batch(self, users: list[str], tokens: list[list[int]]) -> Job:
+    def begin_batch(self, users: list[str], tokens: list[list[int]], again: list[bool]) -> Job:
         chains = [make_chain(row) for row in tokens]
         cached, stored = np.full(len(users), -9, np.int32), np.full(len(users), -9, np.int32)
         table = np.full((len(users), WIDTH), -9, np.int32)
@@ -75,7 +75,7 @@ class World:
         for user, chain in zip(known, chains, strict=True):
             self.correct(user, chain.tolist())
         before = self.index.stats()
-        ticket = self.index.begin_batch(users, chains, cached, stored, table)
+        ticket = self.index.begin_batch(users, chains, cached, stored, table, again)
         self.poison_freed()
         rows = zip(known, chains, cached.tolist(), stored.tolist(), table.tolist(), strict=True)
         job = Job("batch", ticket, [self.member(user, chain.tolist(), *row) for user, chain, *row in rows])
