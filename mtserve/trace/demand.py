@@ -13,6 +13,7 @@ from mtserve.config import ModelConfig
 from mtserve.errors import InvalidArgument
 from mtserve.model.cut import Cuts, cut_histories
 from mtserve.trace.csr import earlier_in_group
+from mtserve.trace.outline import Outline
 from mtserve.trace.schema import SmallInts, Trace
 
 MAX_TOKENS = 1 << 24
@@ -109,7 +110,7 @@ def _column(name: str, values: Any, dtype: Any, rows: int) -> npt.NDArray[Any]:
     return column
 
 
-def demand_of(trace: Trace, model: ModelConfig, user_tokens: int) -> Demand:
+def demand_of(trace: Trace | Outline, model: ModelConfig, user_tokens: int) -> Demand:
     """The demand of `trace` on a model of `user_tokens` U features."""
     positions = trace.prefix_lengths()
     before, after = cut_histories(positions, model), cut_histories(positions + trace.clicked_lengths, model)

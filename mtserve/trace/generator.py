@@ -19,11 +19,12 @@ from mtserve.trace.generator_config import GeneratorConfig
 from mtserve.trace.groups import Habits
 from mtserve.trace.launches import launch
 from mtserve.trace.newcomers import Newcomers
+from mtserve.trace.outline import Outline
 from mtserve.trace.reshape import SESSION_GAP_MS, sessions_by_gap
 from mtserve.trace.schema import CLICK, Ints, Progress, SmallInts, Trace, TraceMeta
 from mtserve.trace.tastes import Tastes, click_rates
 
-__all__ = ["GeneratorConfig", "generate"]
+__all__ = ["GeneratorConfig", "generate", "outline"]
 
 MAX_ROW = 32_768  # most candidates of one request
 BLOCK_REQUESTS = 1 << 17
@@ -50,18 +51,47 @@ def generate(config: GeneratorConfig, progress: Progress | None = None) -> Trace
     The same config gives the same trace. progress: called with (requests done, requests in all). A user may
     have no request.
     """
-    seeds = np.random.SeedSequence(config.seed).spawn(len(STREAMS))
-    streams = {name: np.random.default_rng(seed) for name, seed in zip(STREAMS, seeds, strict=True)}
+    streams = _streams(config)
     users = _users(streams, config)
     draft = _with_crowds(streams["crowds"], config, users, _requests(streams, config, users, progress))
     if config.launches.items:
         draft = launch(streams["launches"], config.launches, draft, config.days * DAY_MS, config.items)
     columns = draft.columns(config.start_ms)
     return Trace(
-        user_ids=tuple(f"u{number}" for number in range(config.users)),
+        user_ids=_user_ids(config),
         **_histories(streams["past"], config, users), **columns,
         session=sessions_by_gap(columns["user"], columns["t_ms"], SESSION_GAP_MS), meta=_meta(config),
     )  # fmt: skip
+
+
+def outline(config: GeneratorConfig) -> Outline:
+    """`generate` without items, many times as fast: the same users at the same times with as many candidates, and
+    histories of the same lengths. Clicks are drawn anew: of each candidate with the same chance, whatever it is.
+    """
+    streams = _streams(config)
+    users = _users(streams, config)
+    user, t_ms = _arrivals(streams, config, users)
+    candidates = _candidate_counts(streams["rows"], config, len(user))
+    if config.crowds.events:
+        visits = _visits(streams["crowds"], config, users, user, t_ms)
+        lengths = _candidate_counts(streams["crowds"], config, len(visits.user))
+        order = np.argsort(np.concatenate([t_ms, visits.t_ms]), kind="stable")
+        user, t_ms, candidates = (
+            np.concatenate(columns)[order]
+            for columns in ((user, visits.user), (t_ms, visits.t_ms), (candidates, lengths))
+        )
+    clicks = streams["rows"].binomial(candidates, config.click_rate)
+    history = np.minimum(_history_lengths(streams["past"], config, users), users.newcomers.most_history)
+    return Outline(_user_ids(config), user, t_ms + config.start_ms, candidates, clicks, history)
+
+
+def _streams(config: GeneratorConfig) -> dict[str, np.random.Generator]:
+    seeds = np.random.SeedSequence(config.seed).spawn(len(STREAMS))
+    return {name: np.random.default_rng(seed) for name, seed in zip(STREAMS, seeds, strict=True)}
+
+
+def _user_ids(config: GeneratorConfig) -> tuple[str, ...]:
+    return tuple(f"u{number}" for number in range(config.users))
 
 
 def _meta(config: GeneratorConfig) -> TraceMeta:
@@ -98,12 +128,17 @@ def _requests(
     streams: dict[str, np.random.Generator], config: GeneratorConfig, users: Users, progress: Progress | None
 ) -> Draft:
     """The requests of all users, without crowds: how many of whom, when, for which candidates."""
+    user, t_ms = _arrivals(streams, config, users)
+    return _candidates(streams["rows"], config, users, user, t_ms, progress)
+
+
+def _arrivals(streams: dict[str, np.random.Generator], config: GeneratorConfig, users: Users) -> tuple[SmallInts, Ints]:
+    """(user, ms from the trace's start) [requests] in order of time, without crowds."""
     days_there = users.clock.attendance.span_s / users.clock.attendance.window_s
     weights = np.exp(config.activity_sigma * users.activity_z) * users.habits.of("activity") * days_there
     counts = streams["activity"].multinomial(config.requests, weights / weights.sum())
     pauses = kuairand_pauses(config.long_gap_hours * 3600)
-    user, t_ms = request_times(streams["times"], counts, users.clock, pauses, users.habits.of("gap"))
-    return _candidates(streams["rows"], config, users, user, t_ms, progress)
+    return request_times(streams["times"], counts, users.clock, pauses, users.habits.of("gap"))
 
 
 def _candidates(
@@ -150,25 +185,21 @@ def _with_crowds(rng: np.random.Generator, config: GeneratorConfig, users: Users
     """The requests, and those of the crowds between them."""
     if not config.crowds.events:
         return draft
-    visits = _visits(rng, config, users, draft)
+    visits = _visits(rng, config, users, draft.user, draft.t_ms)
     lengths = _candidate_counts(rng, config, len(visits.user))
     return draft.merged(crowd_requests(rng, config.crowds, visits, lengths, users.tastes, config.click_rate))
 
 
-def _visits(rng: np.random.Generator, config: GeneratorConfig, users: Users, draft: Draft) -> Visits:
+def _visits(rng: np.random.Generator, config: GeneratorConfig, users: Users, user: SmallInts, t_ms: Ints) -> Visits:
+    """Those of crowds beside the requests of `user` at `t_ms` [N]."""
     first_ms = (users.clock.attendance.first_s * 1000).astype(np.int64)
     pauses = kuairand_pauses(config.long_gap_hours * 3600)
-    return draw_visits(rng, config.crowds, draft.user, draft.t_ms, first_ms, config.days * DAY_MS, pauses)
+    return draw_visits(rng, config.crowds, user, t_ms, first_ms, config.days * DAY_MS, pauses)
 
 
 def _histories(rng: np.random.Generator, config: GeneratorConfig, users: Users) -> dict[str, Any]:
     """The history columns: lognormal lengths, times spread evenly over `history_days`."""
-    own = rng.standard_normal(config.users)
-    mixed = config.history_activity * users.activity_z + np.sqrt(1 - config.history_activity**2) * own
-    # Clipped before exp, which would overflow for no good reason.
-    lengths = config.history_median * np.exp(np.clip(config.history_sigma * mixed, -50, 50))
-    lengths = np.minimum(np.rint(lengths * users.habits.of("history")), config.history_max)
-    offsets = offsets_of(lengths.astype(np.int64))
+    offsets = offsets_of(_history_lengths(rng, config, users))
     items, t_ms = np.empty(offsets[-1], dtype=np.int64), np.empty(offsets[-1], dtype=np.int64)
     taste = _clicked_taste(config, users)
     for first, last in cuts(offsets, config.users, BLOCK_BEHAVIOURS):
@@ -186,6 +217,15 @@ def _histories(rng: np.random.Generator, config: GeneratorConfig, users: Users) 
         "history_t_ms": t_ms[places],
         "history_actions": np.full(len(places), CLICK, dtype=np.int32),
     }
+
+
+def _history_lengths(rng: np.random.Generator, config: GeneratorConfig, users: Users) -> Ints:
+    """[users] before newcomers' are cut."""
+    own = rng.standard_normal(config.users)
+    mixed = config.history_activity * users.activity_z + np.sqrt(1 - config.history_activity**2) * own
+    # Clipped before exp, which would overflow for no good reason.
+    lengths = config.history_median * np.exp(np.clip(config.history_sigma * mixed, -50, 50))
+    return np.minimum(np.rint(lengths * users.habits.of("history")), config.history_max).astype(np.int64)
 
 
 def _clicked_taste(config: GeneratorConfig, users: Users) -> Floats:
