@@ -76,10 +76,8 @@ def outline(config: GeneratorConfig) -> Outline:
         visits = _visits(streams["crowds"], config, users, user, t_ms)
         lengths = _candidate_counts(streams["crowds"], config, len(visits.user))
         order = np.argsort(np.concatenate([t_ms, visits.t_ms]), kind="stable")
-        user, t_ms, candidates = (
-            np.concatenate(columns)[order]
-            for columns in ((user, visits.user), (t_ms, visits.t_ms), (candidates, lengths))
-        )
+        user, t_ms = np.concatenate([user, visits.user])[order], np.concatenate([t_ms, visits.t_ms])[order]
+        candidates = np.concatenate([candidates, lengths])[order]
     clicks = streams["rows"].binomial(candidates, config.click_rate)
     history = np.minimum(_history_lengths(streams["past"], config, users), users.newcomers.most_history)
     return Outline(_user_ids(config), user, t_ms + config.start_ms, candidates, clicks, history)
