@@ -38,7 +38,7 @@ Floats = npt.NDArray[np.float64]
 # Around what a copy alone reaches (transfer.json), and around what unpacking is known to take.
 LINK_BYTES_PER_S = (44e9, 46e9, 48e9, 50e9, 52.6e9)
 LOAD_S = (2e-4, 4e-4, 5e-4, 6e-4, 7e-4, 8e-4)
-UNPACK_S = (3e-12, 4e-12, 5e-12, 6e-12, 7e-12)
+UNPACK_S = (1e-12, 2e-12, 2.5e-12, 3e-12, 3.5e-12, 4e-12, 5e-12)
 WAYS = ("recompute", "load", "split", "auto")
 
 

@@ -64,8 +64,8 @@ GPUS = {
         source="benchmarks/results/forward.json and restore.json: bfloat16, PCIe 5 x16, 16 cores",
         date="2026-11-22",
         layer_s=2.3e-05, product_s=2.3e-15, attention_s=1.59e-15,
-        batch_s=7.56e-04, request_s=6.35e-05, plan_row_s=3.19e-08,
-        link_bytes_per_s=46e9, load_s=6e-4, unpack_s=5e-12, error=0.046,
+        batch_s=4.61e-04, request_s=3.96e-05, plan_row_s=3.7e-08,
+        link_bytes_per_s=48e9, load_s=6e-4, unpack_s=3e-12, error=0.088,
     ),
 }  # fmt: skip
 

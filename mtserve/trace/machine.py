@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from mtserve.engine.setup import page_shape
 from mtserve.restore.choice import AUTO, Layout, Need, Work, choose
 from mtserve.restore.costs import Costs
 from mtserve.restore.gpus import GpuFigures
-from mtserve.transfer.cuda_mover import MAX_GROUPS, SPLIT_GROUP_BYTES, layer_groups
+from mtserve.transfer.cuda_mover import split_course
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,17 @@ class Machine:
 
     def batch_s(self, needs: Sequence[Need], others: Sequence[Work], way: str = AUTO) -> float:
         """Seconds of one batch on an idle machine: of users with states on the host alone, and of other users."""
-        layout = self._layout(())
-        layout = self._layout(layer_groups(self.layers, self._groups(sum(layout.pages(need) for need in needs))))
+        layout = self._layout(needs)
         work = Work(sum(each.rows for each in others), sum(each.pairs for each in others))
         beside_s = self.request_s * (len(needs) + len(others))
         return choose(self.costs, layout, needs, work, way=way).predicted_s + beside_s
 
-    def _layout(self, groups: tuple[int, ...]) -> Layout:
-        return Layout(self.layers, self.page_tokens, self.link_page_bytes // self.layers, groups)
-
-    def _groups(self, pages: int) -> int:
-        """Groups of layers in which a load of so many pages comes, as the engine's mover decides."""
-        return max(1, min(MAX_GROUPS, pages * self.link_page_bytes // SPLIT_GROUP_BYTES))
+    def _layout(self, needs: Sequence[Need]) -> Layout:
+        """As the engine's mover brings so much."""
+        layout = Layout(self.layers, self.page_tokens, self.link_page_bytes // self.layers)
+        pages = sum(map(layout.pages, needs))
+        if not pages:
+            return layout
+        unpacked = self.costs.unpack_s > 0
+        groups, grouped, parts = split_course(self.layers, pages, self.link_page_bytes, unpacked=unpacked)
+        return replace(layout, groups=groups, grouped=grouped / pages, parts=parts)

@@ -73,6 +73,18 @@ def layer_groups(layers: int, groups: int = MAX_GROUPS) -> tuple[int, ...]:
     return tuple(group * layers // groups for group in range(groups))
 
 
+def load_parts(pages: int, page_bytes: int, *, unpacked: bool) -> int:
+    """In which so many pages with all their layers come: what is unpacked begins with the first."""
+    return max(1, min(MAX_GROUPS, pages * page_bytes // SPLIT_GROUP_BYTES)) if unpacked else 1
+
+
+def split_course(layers: int, pages: int, page_bytes: int, *, unpacked: bool) -> tuple[tuple[int, ...], int, int]:
+    """(`groups`, `grouped`, `parts`), as in `Pieces`, of split loads of so many pages, 1 or more."""
+    groups = layer_groups(layers, max(1, min(MAX_GROUPS, pages * page_bytes // SPLIT_GROUP_BYTES)))
+    grouped = pages if len(groups) == 1 else -(-pages // GROUPED_SHARE)
+    return groups, grouped, load_parts(pages - grouped, page_bytes, unpacked=unpacked)
+
+
 class CudaMover(Mover):
     """Copies on two streams of their own, one a direction.
 
@@ -210,8 +222,7 @@ class CudaMover(Mover):
                 submission.others.append(self._end(lane, submission, gpu_pages[some], first, self._layers))
 
     def _parts(self, pages: int) -> int:
-        """In which so many pages with all their layers come: what is unpacked begins with the first."""
-        return 1 if self.unpacker is None else max(1, min(MAX_GROUPS, pages * self._page_bytes // SPLIT_GROUP_BYTES))
+        return load_parts(pages, self._page_bytes, unpacked=self.unpacker is not None)
 
     def _copy_layers(self, lane: Lane, inside: Ints, outside: Ints, counts: Ints, first: int, last: int) -> None:
         """Queue layers [first, last) of runs of pages: whole runs; else a strided copy each, or, of short runs, pages of
@@ -306,9 +317,8 @@ class CudaMover(Mover):
             np.concatenate([getattr(each, name) for each in loads]) for name in ("gpu_pages", "host_pages")
         )
         pages, runs_of_pages = len(gpu_pages), len(runs(gpu_pages, host_pages, self.chunk_pages)[2])
-        groups = layer_groups(self._layers, max(1, min(MAX_GROUPS, pages * self._page_bytes // SPLIT_GROUP_BYTES)))
-        grouped = pages if len(groups) == 1 else -(-pages // GROUPED_SHARE)
-        return Pieces(pages, groups, grouped, self._parts(pages - grouped), pages / runs_of_pages)
+        course = split_course(self._layers, pages, self._page_bytes, unpacked=self.unpacker is not None)
+        return Pieces(pages, *course, pages / runs_of_pages)
 
     def near(self, ticket: int) -> bool:
         lane, submission = self._lanes[LOAD], self._loads.get(ticket)

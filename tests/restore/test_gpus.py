@@ -34,7 +34,9 @@ def test_the_layers_rates_are_those_that_the_benchmarks_give(script: ModuleType)
 
 
 @pytest.mark.parametrize(
-    ("way", "mean", "most"), [("recompute", 0.05, 0.15), ("load", 0.1, 0.25), ("auto", 0.05, 0.15)]
+    ("way", "mean", "most"),
+    # Of two batches that were measured twice, the same ways took 5 to 16% longer once than the other time.
+    [("recompute", 0.09, 0.2), ("load", 0.07, 0.18), ("split", 0.14, 0.33), ("auto", 0.1, 0.24)],
 )
 def test_whole_batches_are_foretold_about_as_they_were_measured(
     script: ModuleType, way: str, mean: float, most: float

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from mtserve.trace.forecast import Asked, Forecast, forecast, spread
 from mtserve.trace.generator import GeneratorConfig, generate
 from mtserve.trace.machine import Machine
 from mtserve.trace.schema import Trace
+from mtserve.transfer.cuda_mover import split_course
 
 MODEL = preset("hstu-512")
 COSTS = Costs(link=((1, 1e9), (2, 1e9)), load_s=1e-3, batch_s=1e-3, layer_s=0.0, row_s=1e-6, pair_s=0.0, unpack_s=0.0)
@@ -72,6 +75,21 @@ def test_packed_pages_cross_the_link_smaller() -> None:
     plain, packed = (_machine(EngineConfig(host_format=each)) for each in ("kv", "x8"))
     assert plain.link_page_bytes == 1 << 20
     assert packed.link_page_bytes < plain.link_page_bytes / 3
+
+
+@pytest.mark.parametrize(("unpacked", "parts"), [(False, 1), (True, 3)])
+def test_loads_come_as_the_engines_mover_brings_them(unpacked: bool, parts: int) -> None:
+    # Of 64 pages of 1 MiB the last 16 come in four groups of layers; of 8, below 16 MiB, all do, in one.
+    assert split_course(8, 64, 1 << 20, unpacked=unpacked) == ((0, 2, 4, 6), 16, parts)
+    assert split_course(8, 8, 1 << 20, unpacked=unpacked) == ((0,), 8, 1)
+
+
+def test_most_of_a_long_load_comes_before_the_device_may_begin() -> None:
+    costs = replace(COSTS, row_s=0.0, layer_s=2e-3, load_s=0.0)
+    need, machine = Need(4096, 0, 4096, 20), _machine(costs=costs)
+    begins_s, group_s = 48 * (1 << 20) / 1e9, 16 * (1 << 20) / 1e9 / 4
+    # Its 16 ms of layers lie behind the last pages' first group, and end no sooner than two layers after the last.
+    assert machine.batch_s([need], [], "load") == pytest.approx(begins_s + max(group_s + 16e-3, 4 * group_s + 4e-3))
 
 
 def test_who_finds_more_is_served_sooner(trace: Trace) -> None:
