@@ -61,12 +61,19 @@ private:
     nb::object fast_;
 };
 
-std::vector<std::string_view> user_views(nb::sequence users) {
-    const Items items(users, "users");
-    std::vector<std::string_view> views;
-    for (Py_ssize_t i = 0; i < items.size(); ++i) views.push_back(user_view(items[i], "users"));
-    return views;
-}
+// User ids and what keeps them: some sequences make their items only when asked for them.
+class UserViews {
+public:
+    explicit UserViews(nb::sequence users) : items_(users, "users") {
+        views_.reserve(static_cast<size_t>(items_.size()));
+        for (Py_ssize_t i = 0; i < items_.size(); ++i) views_.push_back(user_view(items_[i], "users"));
+    }
+    const std::vector<std::string_view>& all() const { return views_; }
+
+private:
+    const Items items_;
+    std::vector<std::string_view> views_;
+};
 
 Error one_chain_a_user(Py_ssize_t users) {
     return invalid_argument("chains", "needs one chain a user: " + std::to_string(users));
@@ -114,7 +121,8 @@ nb::object begin_load(Index& index, nb::handle user, nb::handle chain, double no
 
 // Stops before the first user that comes after `pages` or more were planned.
 nb::list begin_stores(Index& index, nb::sequence users, bool tail, int64_t pages, double now) {
-    const std::vector<std::string_view> names = user_views(users);
+    const UserViews views(users);
+    const std::vector<std::string_view>& names = views.all();
     // Refuses what is no user id before anything is begun.
     for (const std::string_view name : names) std::as_const(index).find(name);
     nb::list plans;
@@ -235,9 +243,9 @@ void bind_index(nb::module_& module) {
              "user"_a)
         .def("grow_host", &Index::grow_host, "pages"_a)
         .def("end_store", &Index::end_store, "ticket"_a, "success"_a)
-        .def("set_window", [](Index& index, nb::sequence users) { index.set_window(user_views(users)); }, "users"_a)
-        .def("pin", [](Index& index, nb::sequence users) { return index.pin_users(user_views(users)); }, "users"_a)
-        .def("unpin", [](Index& index, nb::sequence users) { return index.unpin_users(user_views(users)); }, "users"_a)
+        .def("set_window", [](Index& index, nb::sequence users) { index.set_window(UserViews(users).all()); }, "users"_a)
+        .def("pin", [](Index& index, nb::sequence users) { return index.pin_users(UserViews(users).all()); }, "users"_a)
+        .def("unpin", [](Index& index, nb::sequence users) { return index.unpin_users(UserViews(users).all()); }, "users"_a)
         .def("invalidate", [](Index& index, nb::handle user) { return index.invalidate(user_view(user, "user")); }, "user"_a)
         .def("invalidate_all", &Index::invalidate_all)
         .def("users", &users)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -176,6 +177,26 @@ def test_what_no_pin_can_be_is_refused_and_changes_nothing():
     for budget in (-0.1, 0.51, float("nan")):
         with pytest.raises(InvalidArgument, match=r"outside 0 to 0\.5"):
             Pool(pin_budget=budget)
+    pool.index.check()
+
+
+class Spelled(Sequence[str]):
+    """User ids that exist only while somebody looks at them."""
+
+    def __len__(self) -> int:
+        return 300
+
+    def __getitem__(self, number):
+        if number >= len(self):
+            raise IndexError(number)
+        return f"user {number} {'x' * 60}"
+
+
+def test_users_may_come_in_any_sequence():
+    pool = Pool()
+    assert pool.index.pin(Spelled()) == 300
+    assert pool.index.unpin(list(Spelled())) == 300
+    pool.index.set_window(Spelled())
     pool.index.check()
 
 
