@@ -104,9 +104,9 @@ class Watch:
 
 class Habits:
     def __init__(self) -> None:
-        self.buckets: list[list[tuple[int, int, int]]] = [[] for _ in range(512)]  # tag, frequency, minute
+        self.buckets: list[list[tuple[int, int, float]]] = [[] for _ in range(512)]  # tag, frequency, minute
 
-    def bucket(self, key: int) -> tuple[list[tuple[int, int, int]], int]:
+    def bucket(self, key: int) -> tuple[list[tuple[int, int, float]], int]:
         mixed = key * 0x9E3779B97F4A7C15 & MASK
         mixed ^= mixed >> 32
         return self.buckets[mixed % len(self.buckets)], mixed >> 40
@@ -126,7 +126,7 @@ class Habits:
     def put(self, key: int, frequency: int, last: float) -> None:
         self.take(key)
         bucket, tag = self.bucket(key)
-        bucket.insert(0, (tag, frequency, int(min(max(last / 60, 0.0), 2**24 - 1.0))))
+        bucket.insert(0, (tag, frequency, last // 60))
         del bucket[8:]
 
 

@@ -53,9 +53,8 @@ class Pair:
         self.free.append(self.slots.pop(victim))
 
 
-def _live(pair: Pair, rng: random.Random, requests: int, clock: Any) -> None:
+def _live(pair: Pair, rng: random.Random, requests: int, clock: Any, now: float = 1e6) -> None:
     """Users with habits of their own: some ask often, some have long histories, some come once."""
-    now = 1e6
     for number in range(requests):
         now = clock(now)
         user = min(int(rng.paretovariate(0.4)) - 1, 3000)
@@ -205,6 +204,21 @@ def test_habits_outlive_the_entry_only_where_it_was_evicted():
         pair.tell("insert", user, user, 1, 100.0)
     assert (pair.model.frequency[1] // 64, pair.model.frequency[2] // 64) == (42, 1)
     assert pair.model.kind_of(1) != pair.model.kind_of(2)
+
+
+@pytest.mark.parametrize("start", [0.0, 1.7e9, -1.7e9])
+def test_habits_are_known_by_any_epoch(start: float):
+    """Clocks count from the machine's start or from 1970, which is more minutes ago than a place can hold."""
+    pair = Pair(100)
+    pair.tell("insert", 0, 7, 1, start)
+    for number in range(40):
+        pair.tell("access", 0, start + number)
+    pair.tell("remove", 0, True)
+    pair.tell("insert", 0, 7, 1, start + 100.0)
+    assert round(pair.model.frequency[0] / 64) == 42
+    others = Pair(400)
+    _live(others, random.Random(7), 9000, lambda now: now + 1, start + 1e6)
+    assert len(others.victims) > 500
 
 
 def test_habits_are_bounded():

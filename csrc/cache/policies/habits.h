@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -53,14 +55,16 @@ public:
         if (found == places.end()) return {};
         const uint64_t place = *found;
         *std::move(found + 1, places.end(), found) = 0;
-        return {{static_cast<uint16_t>(place)}, static_cast<double>(place >> 16 & kMinutes) * 60};
+        return {{static_cast<uint16_t>(place)}, (from_ + static_cast<double>(place >> 16 & kMinutes)) * 60};
     }
 
     void put(uint64_t key, const Habit& habit) {
         take(key);  // of two users with one key only the later is remembered
         auto& places = bucket(key).places;
         std::move_backward(places.begin(), places.end() - 1, places.end());
-        const double minute = std::clamp(habit.last / 60, 0.0, static_cast<double>(kMinutes));
+        const double asked = std::floor(habit.last / 60);
+        if (std::isnan(from_)) from_ = asked - (kMinutes + 1) / 2;
+        const double minute = std::clamp(asked - from_, 0.0, static_cast<double>(kMinutes));
         places[0] = mix(key) >> 40 << 40 | static_cast<uint64_t>(minute) << 16 | habit.frequency.value;
     }
 
@@ -90,6 +94,9 @@ private:
     Bucket& bucket(uint64_t key) { return buckets_[mix(key) & (buckets_.size() - 1)]; }
 
     std::vector<Bucket> buckets_;  // a power of two
+    // Minute from which on the others are counted: 16 years before the first one. A clock may count from an epoch that is
+    // longer ago than kMinutes reach.
+    double from_ = std::numeric_limits<double>::quiet_NaN();
 };
 
 }  // namespace mtserve
