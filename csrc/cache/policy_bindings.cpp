@@ -80,8 +80,8 @@ public:
         const int32_t *ids = numbers(users_, "users"), *wanted = numbers(tokens_, "tokens");
         if (tokens_.extent(0) != count || found_.extent(0) != count)
             throw invalid_argument("tokens", "needs a number for each of " + std::to_string(count) + " requests, as found does");
-        if (!std::all_of(wanted, wanted + count, [](int32_t each) { return each > 0 && each <= kMostTokens; }))
-            throw invalid_argument("tokens", "a prefix has 1 to " + std::to_string(kMostTokens));
+        if (!std::all_of(wanted, wanted + count, [](int32_t each) { return each >= 0 && each <= kMostTokens; }))
+            throw invalid_argument("tokens", "a prefix has 0 to " + std::to_string(kMostTokens));
         check_users(ids, count, known);
         requests_ = {ids, times(times_, count), wanted, count, static_cast<int32_t>(known), static_cast<int32_t>(page_tokens)};
     }
@@ -112,6 +112,7 @@ std::unique_ptr<TraceOracle> oracle_of(const Requests& requests) {
 void replay_trace(const std::string& name, int64_t capacity_pages, nb::handle users, nb::handle t_s, nb::handle tokens,
                   nb::handle found, int64_t known, int64_t page_tokens) {
     const TraceArrays arrays(users, t_s, tokens, found, known, page_tokens);
+    const nb::gil_scoped_release unlocked;
     const Requests& requests = arrays.requests();
     const std::vector<std::string> clairvoyant = oracle_policy_names();
     const bool asks = std::find(clairvoyant.begin(), clairvoyant.end(), name) != clairvoyant.end();
@@ -125,6 +126,7 @@ void replay_trace(const std::string& name, int64_t capacity_pages, nb::handle us
 void find_optimum(int64_t capacity_pages, nb::handle users, nb::handle t_s, nb::handle tokens, nb::handle found, int64_t known,
                   int64_t page_tokens) {
     const TraceArrays arrays(users, t_s, tokens, found, known, page_tokens);
+    const nb::gil_scoped_release unlocked;
     optimum(arrays.requests(), checked_pages(capacity_pages), arrays.found());
 }
 

@@ -210,7 +210,7 @@ def test_malformed_traces_are_refused():
         ("t_s", seconds[::-1].copy()),
         ("t_s", seconds * np.nan),
         ("t_s", seconds[:2]),
-        ("tokens", tokens * 0),
+        ("tokens", tokens * -1),
         ("tokens", tokens * 2**25),
         ("tokens", tokens[:2]),
         ("found", out.astype(np.int64)),

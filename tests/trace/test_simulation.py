@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from demands import demand
 from hypothesis import given
 from hypothesis import strategies as st
 from tier_model import TierModel
@@ -18,6 +19,7 @@ from mtserve.trace.csr import earlier_in_group
 from mtserve.trace.demand import Demand
 from mtserve.trace.features import splitmix64
 from mtserve.trace.hits import asked_before
+from mtserve.trace.optimum import optimum
 from mtserve.trace.simulation import BatchLimits, SimulatedRun, simulate
 
 
@@ -283,6 +285,15 @@ def growing_demand() -> Demand:
     tokens = 10 + mixed.user % 37 + 2 * earlier_in_group(mixed.user, np.ones_like(mixed.user)).astype(np.int32)
     nothing = np.zeros_like(tokens)
     return replace(mixed, tokens=tokens, generation=nothing, tokens_after=tokens, generation_after=nothing)
+
+
+def test_a_prefix_may_be_empty() -> None:
+    """Of a newcomer without history, on a model without U features."""
+    empty = demand([0, 1, 0, 1], [0, 10, 4, 12])
+    for policy in (*policy_names(), *oracle_policy_names()):
+        run = simulate(empty, policy=policy, gpu_pages=10, host_pages=0, page_tokens=4)
+        assert run.gpu_tokens.tolist() == [0, 0, 0, 10]
+    assert optimum(empty, 10, 4).tolist() == [0, 0, 0, 10]
 
 
 def test_knowing_what_comes_finds_more() -> None:
