@@ -37,12 +37,12 @@ from mtserve.trace.schema import Trace
 from mtserve.trace.simulation import SimulatedRun, simulate
 from mtserve.trace.working_set import working_set_pages
 
-TRACE = GeneratorConfig(users=600, requests=4000, history_median=120, history_max=400, candidates_mean=4, items=5000)
+TRACE = GeneratorConfig(users=300, requests=2000, history_median=120, history_max=400, candidates_mean=4, items=5000)
 ENGINE = EngineConfig(
     device="cpu", page_tokens=16, restore="load", write_back_idle_ms=0, host_pinning="wait", max_batch_requests=16
 )
 CELLS = [(gpu, host) for gpu in (5, 10) for host in (0, 50, 100)]  # % of the working set
-OPEN_RPS = 300  # in the mean: a fraction of what one core answers
+OPEN_RPS = 100  # in the mean: a fraction of what one core answers
 LOADS = {"one at a time": {"concurrency": 1}, "eight at a time": {"concurrency": 8}, "as they come": {"speed": 0.0}}
 
 
