@@ -183,8 +183,8 @@ struct Multiplier {
         for (int g = 0; g < TILE_COLUMNS / 8; ++g)
             bias[g] = mine + 8 * g < columns ? __ldg(reinterpret_cast<const u32*>(all + mine + 8 * g)) : 0;
     }
-    // The tile of C = finish(g, SiLU(scale * sum + bias)), pairs of columns 8 g and on packed by `finish`. `half_scale` is half the scale of each of the thread's rows, which are
-    // lane / 4 of the warp's 16 and 8 further, in each half.
+    // The tile of C = finish(g, SiLU(scale * sum + bias)), pairs of columns 8 g and on packed by `finish`. `half_scale` is
+    // half the scale of each of the thread's rows, which are lane / 4 of the warp's 16 and 8 further, in each half.
     template <class Finish>
     __device__ __forceinline__ void silu_to_tile(const float (&sum)[HALVES][SUMS], const u32 (&bias)[TILE_COLUMNS / 8],
                                                  const float (&half_scale)[HALVES][2], Finish finish) const {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from itertools import groupby
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -43,7 +44,7 @@ def _head(study: Study) -> list[str]:
     trace = study.trace
     kind = " (calibrated-synthetic)" if trace.meta.calibrated_synthetic else ""
     return [
-        f"[bold]{escape(trace.meta.name)}[/]{kind}: {trace.requests:,} requests, {len(set(trace.user.tolist())):,} users who ask",
+        f"[bold]{escape(trace.meta.name)}[/]{kind}: {trace.requests:,} requests, {len(np.unique(trace.user)):,} users who ask",
         f"{escape(study.model.name)}: working set {format_bytes(study.working_set_bytes)} in pages of "
         f"{study.engine.page_tokens} tokens, {study.engine.host_format} on the host",
     ]

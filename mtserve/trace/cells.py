@@ -48,8 +48,9 @@ class Cell:
 class CellResult:
     """What one simulation found out; ratios as replays define them.
 
-    `gpu_users`: prefixes of the mean request that the GPU tier holds. `over_time`: token hit ratio of each of up to BINS equal parts of the trace. `optimum`: that of a tier of both sizes
-    together which knows the future: no policy with these tiers finds more in all.
+    `gpu_users`: prefixes of the mean request that the GPU tier holds. `over_time`: token hit ratio of each of up to BINS
+    equal parts of the trace. `optimum`: that of a tier of both sizes together which knows the future: no policy with these
+    tiers finds more in all.
     """
 
     cell: Cell

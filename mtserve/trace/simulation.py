@@ -101,7 +101,8 @@ def simulate(
     """Send `demand` through tiers that start empty; `host_pages=0`: no host tier.
 
     policy: one of `mtserve._core.policy_names()`, or of `oracle_policy_names()`, which know the demand's future: no engine
-    can serve under those, others are measured against them. `limits` matter for long prefixes only. Raises InvalidArgument for what an index or a tier refuses.
+    can serve under those, others are measured against them. `limits` matter for long prefixes only.
+    Raises InvalidArgument for what an index or a tier refuses.
     """
     habits, keys, next_s = None, demand.keys, None
     if policy in oracle_policy_names():

@@ -32,9 +32,9 @@ class Submission:
 
     `firsts`: the first layer of each group. `grouped`: of the pages the last, so many of which alone come by groups, the
     others with all their layers before them; None: all come by groups. `tickets`: of the calls that queue them, before
-    whose end the events mean nothing; none once they have ended. `announced` passes when so little of a load is left that a batch should start over
-    it; None where all of it is little. `others`: its events beside `events`. `unpacker`: whose memory the device reads
-    until the end.
+    whose end the events mean nothing; none once they have ended. `announced` passes when so little of a load is left that
+    a batch should start over it; None where all of it is little. `others`: its events beside `events`. `unpacker`: whose
+    memory the device reads until the end.
     """
 
     jobs: list[CopyJob]

@@ -40,8 +40,8 @@ class Finished:
 
 class Pieces(NamedTuple):
     """How split loads of `pages` pages come: most of them with all their layers, in `parts`, and behind them the last
-    `grouped`, group of layers by group. `groups`: first layer of each, of loads from layer 0 on. `run_pages`: neighbouring pages that
-    one copy takes, in the mean.
+    `grouped`, group of layers by group. `groups`: first layer of each, of loads from layer 0 on. `run_pages`: neighbouring
+    pages that one copy takes, in the mean.
     """
 
     pages: int

@@ -15,7 +15,8 @@ class ProjectionKernel:
     """The projections of every layer of one model: [T, d] to u, v, q, k of `width` = H * D columns each.
 
     `pool` [pages, layers, 2, 64, H, D] (None: nothing is kept) may be a strided view whose pages and layers lie
-    apart. It has the model's type or fp8: k and v are then rounded for it, wherever they go. Raises InvalidArgument for what the kernel cannot do, BuildFailed where it cannot be built.
+    apart. It has the model's type or fp8: k and v are then rounded for it, wherever they go.
+    Raises InvalidArgument for what the kernel cannot do, BuildFailed where it cannot be built.
     """
 
     def __init__(
