@@ -88,6 +88,8 @@ def run_share(files: Sequence[Path], report: Path, environment: dict[str, str]) 
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, check=False, env=environment, text=True, capture_output=True)
     print(done.stdout, done.stderr, flush=True)
+    if not report.exists():
+        sys.exit(f"pytest ended with status {done.returncode} before it reported")
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     counts = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}

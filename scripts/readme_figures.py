@@ -310,6 +310,75 @@ def cells_lines(result: Result) -> Lines:
         f"{sizing['sampled_users']:,} sampled users (LRU's curve is off by {100 * sizing['lru_mean_absolute_error']:.2f} points in the mean):",
         "",
         *table(["policy", *(f"{100 * float(target):g}%" for target in targets)], memory),
+        "",
+        *operating_lines(result["operating_point"]),
+    ]
+
+
+def operating_lines(point: Result) -> Lines:
+    """Both tiers at the size of a published service."""
+    columns = ["requests", "found on GPU / host / in all, %", "after first requests, %", "tokens of first requests, %"]
+    rows = [
+        [
+            f"{row['requests']:,}", " / ".join(number(100 * row["token"][tier], 2) for tier in ("gpu", "host", "total")),
+            number(100 * row["token_after_first"]["total"], 2), number(100 * row["first_share"], 2),
+        ]
+        for row in point["rows"]
+    ]  # fmt: skip
+    return [
+        f"Two tiers as MTServe was measured with (it found 98.5%): GPU {point['gpu_share']:.0%}, host {point['host_share']:.0%} of the working set, {point['policy']},",
+        f"`{point['model']}`; calibrated-synthetic, {point['users']:,} users of the generator's own parameters, {point['days']} days; the last row has",
+        "as many requests a user and day as were published. A user's first request finds nothing; what is missing after it are new behaviours:",
+        "",
+        *table(columns, rows),
+    ]
+
+
+def forecast_lines(result: Result) -> Lines:
+    """What is foretold of replays, beside what a GPU measured."""
+    batches = list(next(iter(result["replays"].values()))["off"])
+    columns = [
+        "replay", "found on GPU / host, %: foretold", "measured", "requests/s measured", "at its median's pace",
+        *(f"foretold, batches of {batch}" for batch in batches), "batches of 4 that find what was measured",
+        "p50, ms: measured", "foretold, alone",
+    ]  # fmt: skip
+    rows = []
+    for name, row in result["replays"].items():
+        found = [
+            " / ".join(number(100 * row["found"][who][tier], 1) for tier in ("gpu", "host")) for who in row["found"]
+        ]
+        rates, p50 = row["requests_per_s"], row["p50_ms"]
+        told = [f"{rates['predicted'][batch]:.0f} ({100 * row['off'][batch]:+.0f}%)" for batch in batches]
+        paces = [number(rates[key], 0) for key in ("measured", "at_median")]
+        told.append(number(rates["given"], 0))
+        rows.append([name, *found, *paces, *told, number(p50["measured"], 1), number(p50["predicted"], 1)])
+    on = result["measured_on"]
+    return [
+        f"What `mtserve simulate` foretells of the generated replays above ({on['gpu']}, commit {on['commit']}; forecast of commit",
+        f"{result['commit']}; 8 in flight. [docs/simulate.md](docs/simulate.md#forecast) says why it is far above them):",
+        "",
+        *table(columns, rows),
+    ]
+
+
+def replacement_lines(result: Result) -> Lines:
+    """All policies on one tier, the mean over the seeds."""
+    cells: dict[tuple[str, float], list[dict[str, float]]] = {}
+    for row in result["results"]:
+        for cell in row["cells"]:
+            cells.setdefault((row["trace"], cell["share"]), []).append(cell["token_hit_percent"])
+    names = list(next(iter(cells.values()))[0])
+    rows = [
+        [f"{trace} {share:.0%}", *(number(sum(each[name] for each in ratios) / len(ratios), 2) for name in names)]
+        for (trace, share), ratios in cells.items()
+    ]
+    behind, first = result["summary"]["behind_the_best"], result["results"][0]
+    return [
+        f"Prefix tokens found, %, by one tier of a share of the working set; generated, {first['users']:,} users, {first['requests']:,} requests,",
+        f"`{result['model']}` (commit {result['stamp']['commit']}); `locality` is at most {max(0.0, behind['most_points']):.2f} points behind the best other that serves,",
+        f"and ahead of all of them in {behind['cells_ahead_of_all_others']} of {behind['cells']} cells:",
+        "",
+        *table(["trace, tier", *names], rows),
     ]
 
 
@@ -366,6 +435,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[Result], Lines]], ...] = (
     ("formats.json", "python benchmarks/bench_formats.py", format_lines),
     ("gpu_format.json", "python benchmarks/bench_gpu_format.py", gpu_format_lines),
     ("cells.json", "python benchmarks/bench_cells.py", cells_lines),
+    ("forecast.json", "python benchmarks/bench_forecast.py", forecast_lines),
+    ("replacement.json", "python benchmarks/bench_replacement.py", replacement_lines),
     ("sampling.json", "python benchmarks/bench_sampling.py", sampling_lines),
     ("planning.json", "make bench", planning_lines),
     ("history.json", "make bench", history_lines),

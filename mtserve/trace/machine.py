@@ -20,7 +20,8 @@ from mtserve.transfer.cuda_mover import split_course
 class Machine:
     """`costs` of one shape of model there, and how its pages cross the link.
 
-    `request_s`: of the loop for each request of a batch. `link_page_bytes`: of a page on the link.
+    `request_s`: of the loop for each request of a batch. `link_page_bytes`: of a page on the link. `way`: by which states
+    come back from the host, as `EngineConfig.restore`.
     """
 
     costs: Costs
@@ -28,6 +29,7 @@ class Machine:
     layers: int
     page_tokens: int
     link_page_bytes: int
+    way: str = AUTO
 
     @classmethod
     def of(cls, model: ModelConfig, engine: EngineConfig, dtype: torch.dtype, figures: GpuFigures | Costs) -> Machine:
@@ -36,16 +38,19 @@ class Machine:
         packed = packed_format(model, engine, states)
         link_page_bytes = link_shape(states, packed).bytes
         if isinstance(figures, Costs):
-            return cls(figures, 0.0, model.layers, engine.page_tokens, link_page_bytes)
+            return cls(figures, 0.0, model.layers, engine.page_tokens, link_page_bytes, engine.restore)
         costs = figures.costs(model, packed=packed is not None)
-        return cls(costs, figures.request_s, model.layers, engine.page_tokens, link_page_bytes)
+        return cls(costs, figures.request_s, model.layers, engine.page_tokens, link_page_bytes, engine.restore)
 
-    def batch_s(self, needs: Sequence[Need], others: Sequence[Work], way: str = AUTO) -> float:
-        """Seconds of one batch on an idle machine: of users with states on the host alone, and of other users."""
+    def batch_s(self, needs: Sequence[Need], others: Sequence[Work], way: str | None = None) -> float:
+        """Seconds of one batch on an idle machine: of users with states on the host alone, and of other users.
+
+        `way`: another than the machine's own.
+        """
         layout = self._layout(needs)
         work = Work(sum(each.rows for each in others), sum(each.pairs for each in others))
         beside_s = self.request_s * (len(needs) + len(others))
-        return choose(self.costs, layout, needs, work, way=way).predicted_s + beside_s
+        return choose(self.costs, layout, needs, work, way=way or self.way).predicted_s + beside_s
 
     def _layout(self, needs: Sequence[Need]) -> Layout:
         """As the engine's mover brings so much."""

@@ -61,6 +61,8 @@ def test_one_request_takes_what_its_rows_take() -> None:
     assert encoded == pytest.approx(1e-3 + MODEL.layers * 148e-6)
     assert loaded == pytest.approx(1e-3 + 2 * (1 << 20) / 1e9, abs=MODEL.layers * 20e-6)
     assert machine.batch_s([need], []) <= min(encoded, loaded)
+    for way, seconds in (("recompute", encoded), ("load", loaded)):
+        assert _machine(EngineConfig(restore=way)).batch_s([need], []) == seconds
 
 
 def test_a_gpus_figures_know_what_each_request_of_a_batch_takes() -> None:

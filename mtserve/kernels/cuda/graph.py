@@ -43,7 +43,7 @@ def capture(stream: int, work: Callable[[], None]) -> Graph:
     except BaseException:
         with contextlib.suppress(Exception):  # says again that it was broken
             call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
-        _destroy(graph)
+            _destroy(graph)
         raise
     call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
     try:
