@@ -372,11 +372,18 @@ def replacement_lines(result: Result) -> Lines:
         [f"{trace} {share:.0%}", *(number(sum(each[name] for each in ratios) / len(ratios), 2) for name in names)]
         for (trace, share), ratios in cells.items()
     ]
-    behind, first = result["summary"]["behind_the_best"], result["results"][0]
+    behind, first = (
+        result["summary"]["behind_the_best"],
+        next(row for row in result["results"] if row["trace"] == "default"),
+    )
+    beyond = [
+        f"{each['trace']} {each['share']:.0%} ({each['points']:.2f}, {each['best_other']})"
+        for each in behind["beyond_target"]
+    ]
     return [
-        f"Prefix tokens found, %, by one tier of a share of the working set; generated, {first['users']:,} users, {first['requests']:,} requests,",
-        f"`{result['model']}` (commit {result['stamp']['commit']}); `locality` is at most {max(0.0, behind['most_points']):.2f} points behind the best other that serves,",
-        f"and ahead of all of them in {behind['cells_ahead_of_all_others']} of {behind['cells']} cells:",
+        f"Prefix tokens found, %, by one tier of a share of the working set; generated, {first['users']:,} users and {first['requests']:,} requests",
+        f"or a few more, `{result['model']}` (EB-NeRD: 19 users, 538 requests; commit {result['stamp']['commit']}). `locality` finds more than all others that",
+        f"serve in {behind['cells_ahead_of_all_others']} of {behind['cells']} cells, and more than {behind['target_points']} points less than the best of them in: {', '.join(beyond) or 'none'}.",
         "",
         *table(["trace, tier", *names], rows),
     ]

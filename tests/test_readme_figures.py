@@ -46,6 +46,44 @@ GPU_FORMAT = {
     ],
 }  # fmt: skip
 
+FORECAST = {
+    **STAMP,
+    "measured_on": {"gpu": "some GPU", "processor": "some CPU", "commit": "def"},
+    "replays": {
+        "short": {
+            "found": {who: {"gpu": 0.5, "host": 0.25} for who in ("predicted", "measured")},
+            "requests_per_s": {
+                "measured": 100.0,
+                "at_median": 130.0,
+                "predicted": {"4": 150.0, "8": 90.0},
+                "given": 140.0,
+            },
+            "off": {"4": 0.5, "8": -0.1},
+            "p50_ms": {"measured": 2.0, "predicted": 1.5},
+        }
+    },
+}
+REPLACEMENT = {
+    "stamp": STAMP,
+    "model": "hstu-512",
+    "results": [
+        {"trace": "default", "users": 20, "requests": 30, "cells": [
+            {"share": 0.05, "token_hit_percent": {"lru": lru, "locality": 71.0}}]}
+        for lru in (70.0, 73.0)
+    ],
+    "summary": {"behind_the_best": {
+        "cells_ahead_of_all_others": 1, "cells": 2, "target_points": 0.2,
+        "beyond_target": [{"trace": "default", "share": 0.05, "points": 2.0, "best_other": "lru"}],
+    }},
+}  # fmt: skip
+OPERATING = {
+    "gpu_share": 0.1, "host_share": 1.0, "policy": "lru", "model": "hstu-512", "users": 20, "days": 7,
+    "rows": [
+        {"requests": 4000, "token": {"gpu": 0.75, "host": 0.125, "total": 0.875}, "token_after_first": {"total": 0.999},
+         "first_share": 0.0625},
+    ],
+}  # fmt: skip
+
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -101,3 +139,16 @@ def test_padding_has_a_column_where_a_replay_padded(script: ModuleType) -> None:
     padded = script.replay_rows({"a": _replay(), "b": _replay(padded_rows_share=0.0625)})
     assert padded[0].endswith("| rows computed as padding, % |")
     assert [row.split(" | ")[-1] for row in padded[2:]] == ["- |", "6.2 |"]
+
+
+def test_forecasts_policies_and_the_operating_point_are_shown(script: ModuleType) -> None:
+    for name, content in (("forecast", FORECAST), ("replacement", REPLACEMENT)):
+        (script.RESULTS / f"{name}.json").write_text(json.dumps(content))
+    lines = [*script.figures().splitlines(), *script.operating_lines(OPERATING)]
+    for row in (
+        "| short | 50.0 / 25.0 | 50.0 / 25.0 | 100 | 130 | 150 (+50%) | 90 (-10%) | 140 | 2.0 | 1.5 |",
+        "| default 5% | 71.50 | 71.00 |",
+        "serve in 1 of 2 cells, and more than 0.2 points less than the best of them in: default 5% (2.00, lru).",
+        "| 4,000 | 75.00 / 12.50 / 87.50 | 99.90 | 6.25 |",
+    ):
+        assert row in lines, row
