@@ -203,6 +203,7 @@ class _Course:
         known = self._piece_s.get(layers)
         if known is None:
             width = layers * self._layout.layer_bytes
+            # Behind whole pages come few, too few for runs.
             run_pages = self._layout.run_pages if self._layout.grouped == 1 else 1.0
             known = self._grouped_pages * width / self._costs.bytes_per_s(int(width * run_pages))
             self._piece_s[layers] = known
