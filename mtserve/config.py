@@ -141,7 +141,9 @@ class EngineConfig(Config):
         "cuda: Hopper's matrix units; eager: plain torch; reference: the fp32 CPU truth (auto: cuda where it can)",
         choices=("auto", "cuda", "eager", "reference"),
     )
-    graphs: str = option("on", "capture a CUDA graph for each kind of batch that comes often (cuda kernels)", choices=("on", "off"))
+    graphs: str = option(
+        "on", "capture a CUDA graph for each kind of batch that comes often (cuda kernels)", choices=("on", "off")
+    )
     deterministic: bool = option(
         False,
         "bit-equal scores from run to run and whoever else is in the batch, 5 to 25% slower (cuda kernels)",
