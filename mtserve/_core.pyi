@@ -277,6 +277,47 @@ class _BatchLayout:
 def _find_runs(left: npt.NDArray[np.int32], right: npt.NDArray[np.int32], boundary: int) -> bytes:
     """int64 [3, runs]: left firsts, right firsts, counts."""
 
+class _PageLink:
+    """Two pools of equal pages, at addresses: `layers` of `layer_bytes` each side by side.
+
+    `chunk_pages`: no copy crosses a multiple of so many pages of the arena; 0: any may. `strided_bytes`: of a run of pages,
+    in the mean, from which on some of its layers are copied by one strided copy.
+    """
+
+    def __init__(
+        self,
+        pool: int,
+        pool_pages: int,
+        arena: int,
+        arena_pages: int,
+        layers: int,
+        layer_bytes: int,
+        chunk_pages: int,
+        strided_bytes: int,
+    ) -> None: ...
+
+class _PageKernel:
+    """A kernel that works on listed pages and a range of layers; `parameters` are the values of what it takes.
+
+    Number `paged` of them is a struct with int32 fields, at the offsets `fields`: first layer, last, number of pages, and
+    the ids of up to `most_pages`. A launch has `column_tiles` blocks for each layer and `tile_pages` pages, at most
+    `most_blocks` (0: any number).
+    """
+
+    def __init__(
+        self,
+        function: int,
+        threads: int,
+        shared_bytes: int,
+        parameters: list[bytes],
+        paged: int,
+        fields: list[int],
+        most_pages: int,
+        tile_pages: int,
+        column_tiles: int,
+        most_blocks: int,
+    ) -> None: ...
+
 class _DriverQueue:
     """Calls of the CUDA driver made by a thread of its own; see mtserve/kernels/cuda/queue.py."""
 
@@ -295,19 +336,18 @@ class _DriverQueue:
     def copy_batch(
         self, to: npt.NDArray[np.int64], source: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], stream: int
     ) -> None: ...
-    def copy_strided(
-        self,
-        to: npt.NDArray[np.int64],
-        source: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.int64],
-        width: int,
-        pitch: int,
-        stream: int,
-    ) -> None: ...
     def record(self, event: int, stream: int) -> None: ...
     def hold_back(self, stream: int, event: int) -> None: ...
-    def launch(
-        self, function: int, grid: int, threads: int, shared_bytes: int, stream: int, parameters: list[bytes]
+    def move(
+        self,
+        link: _PageLink,
+        to_pool: bool,
+        gpu_pages: npt.NDArray[np.int32],
+        host_pages: npt.NDArray[np.int32],
+        steps: list[int],
+        stream: int,
+        make_stream: int,
+        kernel: _PageKernel | None,
     ) -> None: ...
     def submit(self) -> int: ...
     def over(self, ticket: int) -> bool: ...

@@ -4,6 +4,9 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "../cache/buffers.h"
 #include "driver_queue.h"
@@ -37,39 +40,72 @@ nb::bytes runs(nb::handle left, nb::handle right, int64_t boundary) {
     return nb::bytes(found.data(), found.size() * sizeof(int64_t));
 }
 
-const int64_t* int64s(const Buffer& buffer, const char* field, int64_t count) {
-    if (buffer.rank() != 1 || !buffer.holds(8, "lq") || buffer.extent(0) != count)
-        throw invalid_argument(field, "needs an int64 array [" + std::to_string(count) + "]");
-    return buffer.data<int64_t>();
+std::vector<int64_t> int64s(nb::handle array, const char* field, int64_t count = -1) {
+    const Buffer buffer(array, field, PyBUF_FORMAT);
+    if (buffer.rank() != 1 || !buffer.holds(8, "lq") || (count >= 0 && buffer.extent(0) != count))
+        throw invalid_argument(field, "needs an int64 array [" + (count < 0 ? "n" : std::to_string(count)) + "]");
+    return {buffer.data<int64_t>(), buffer.data<int64_t>() + buffer.extent(0)};
 }
-
-// Where copies go to and come from, and how large each is: three int64 arrays of one length.
-struct Copies {
-    Copies(nb::handle to, nb::handle source, nb::handle sizes, const char* name)
-        : buffers{{to, "to", PyBUF_FORMAT}, {source, "source", PyBUF_FORMAT}, {sizes, name, PyBUF_FORMAT}},
-          count(buffers[0].rank() == 1 ? buffers[0].extent(0) : -1), to(int64s(buffers[0], "to", count)),
-          source(int64s(buffers[1], "source", count)), sizes(int64s(buffers[2], name, count)) {}
-    Buffer buffers[3];
-    int64_t count;
-    const int64_t *to, *source, *sizes;
-};
 
 void queue_batch(DriverQueue& queue, nb::handle to, nb::handle source, nb::handle sizes, uintptr_t stream) {
-    const Copies copies(to, source, sizes, "sizes");
-    queue.copy_batch(copies.to, copies.source, copies.sizes, copies.count, stream);
+    std::vector<int64_t> targets = int64s(to, "to");
+    const int64_t count = static_cast<int64_t>(targets.size());
+    queue.copy_batch(std::move(targets), int64s(source, "source", count), int64s(sizes, "sizes", count), stream);
 }
 
-void queue_strided(DriverQueue& queue, nb::handle to, nb::handle source, nb::handle rows, int64_t width, int64_t pitch,
-                   uintptr_t stream) {
-    const Copies copies(to, source, rows, "rows");
-    queue.copy_strided(copies.to, copies.source, copies.sizes, copies.count, width, pitch, stream);
+std::vector<int32_t> page_list(nb::handle array, const char* field) {
+    const Buffer buffer(array, field, PyBUF_FORMAT);
+    const int32_t* ids = page_ids(buffer, field);
+    return {ids, ids + buffer.extent(0)};
 }
 
-void queue_launch(DriverQueue& queue, uintptr_t function, uint32_t grid, uint32_t threads, uint32_t shared_bytes,
-                  uintptr_t stream, const std::vector<nb::bytes>& parameters) {
-    std::vector<std::string> values;
-    for (const nb::bytes& each : parameters) values.emplace_back(each.c_str(), each.size());
-    queue.launch(function, grid, threads, shared_bytes, stream, std::move(values));
+PageLink page_link(uintptr_t pool, int64_t pool_pages, uintptr_t arena, int64_t arena_pages, int64_t layers,
+                   int64_t layer_bytes, int64_t chunk_pages, int64_t strided_bytes) {
+    const std::pair<int64_t, const char*> counts[] = {{layers, "layers"}, {layer_bytes, "layer_bytes"}};
+    for (const auto& [value, field] : counts)
+        if (value < 1) throw invalid_argument(field, std::to_string(value) + " is below 1");
+    const std::pair<int64_t, const char*> sizes[] = {{pool_pages, "pool_pages"}, {arena_pages, "arena_pages"},
+                                                     {chunk_pages, "chunk_pages"}, {strided_bytes, "strided_bytes"}};
+    for (const auto& [value, field] : sizes)
+        if (value < 0) throw invalid_argument(field, std::to_string(value) + " is below 0");
+    return {static_cast<int64_t>(pool), pool_pages, static_cast<int64_t>(arena), arena_pages, layers, layer_bytes,
+            chunk_pages, strided_bytes};
+}
+
+PageKernel page_kernel(uintptr_t function, uint32_t threads, uint32_t shared_bytes, const std::vector<nb::bytes>& parameters,
+                       size_t paged, const std::vector<int64_t>& fields, int64_t most_pages, int64_t tile_pages,
+                       int64_t column_tiles, int64_t most_blocks) {
+    PageKernel kernel{function, threads, shared_bytes, {}, paged, 0, 0, 0, 0, most_pages, tile_pages, column_tiles, most_blocks};
+    for (const nb::bytes& each : parameters) kernel.parameters.emplace_back(each.c_str(), each.size());
+    if (paged >= kernel.parameters.size()) throw invalid_argument("paged", "is not one of the parameters");
+    if (fields.size() != 4) throw invalid_argument("fields", "needs the offsets of first, last, count and pages");
+    if (most_pages < 1 || tile_pages < 1 || column_tiles < 1 || most_blocks < 0)
+        throw invalid_argument("most_pages", "needs pages, tiles and columns of 1 or more, and blocks of 0 or more");
+    const int64_t word = sizeof(int32_t), size = static_cast<int64_t>(kernel.parameters[paged].size());
+    for (size_t at = 0; at < fields.size(); ++at)
+        if (fields[at] < 0 || fields[at] + (at == 3 ? most_pages : 1) * word > size)
+            throw invalid_argument("fields", std::to_string(fields[at]) + " is outside the parameter of " + std::to_string(size) + " bytes");
+    kernel.at_first = fields[0], kernel.at_last = fields[1], kernel.at_count = fields[2], kernel.at_pages = fields[3];
+    return kernel;
+}
+
+constexpr size_t kStepWords = 8;
+
+std::vector<MoveStep> move_steps(const std::vector<int64_t>& words) {
+    if (words.size() % kStepWords) throw invalid_argument("steps", "needs 8 numbers a step");
+    std::vector<MoveStep> steps;
+    for (size_t at = 0; at < words.size(); at += kStepWords) {
+        const int64_t* word = words.data() + at;
+        steps.push_back({word[0], word[1], word[2], word[3], static_cast<uintptr_t>(word[4]), word[5], word[6],
+                         static_cast<uintptr_t>(word[7])});
+    }
+    return steps;
+}
+
+void queue_move(DriverQueue& queue, const PageLink& link, bool to_pool, nb::handle gpu_pages, nb::handle host_pages,
+                const std::vector<int64_t>& steps, uintptr_t stream, uintptr_t make_stream, const PageKernel* kernel) {
+    queue.move({link, to_pool, page_list(gpu_pages, "gpu_pages"), page_list(host_pages, "host_pages"), move_steps(steps), stream,
+                make_stream, kernel ? *kernel : PageKernel{}});
 }
 
 nb::object take_failure(DriverQueue& queue, uint64_t ticket) {
@@ -85,6 +121,24 @@ PyType_Slot slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(&get_buffer)}, 
 void bind_transfer(nb::module_& module) {
     module.def("_find_runs", &runs, "left"_a, "right"_a, "boundary"_a);
     const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
+    nb::class_<PageLink>(module, "_PageLink")
+        .def("__init__",
+             [](PageLink* self, uintptr_t pool, int64_t pool_pages, uintptr_t arena, int64_t arena_pages, int64_t layers,
+                int64_t layer_bytes, int64_t chunk_pages, int64_t strided_bytes) {
+                 new (self) PageLink(page_link(pool, pool_pages, arena, arena_pages, layers, layer_bytes, chunk_pages, strided_bytes));
+             },
+             "pool"_a, "pool_pages"_a, "arena"_a, "arena_pages"_a, "layers"_a, "layer_bytes"_a, "chunk_pages"_a,
+             "strided_bytes"_a);
+    nb::class_<PageKernel>(module, "_PageKernel")
+        .def("__init__",
+             [](PageKernel* self, uintptr_t function, uint32_t threads, uint32_t shared_bytes,
+                const std::vector<nb::bytes>& parameters, size_t paged, const std::vector<int64_t>& fields, int64_t most_pages,
+                int64_t tile_pages, int64_t column_tiles, int64_t most_blocks) {
+                 new (self) PageKernel(page_kernel(function, threads, shared_bytes, parameters, paged, fields, most_pages,
+                                                   tile_pages, column_tiles, most_blocks));
+             },
+             "function"_a, "threads"_a, "shared_bytes"_a, "parameters"_a, "paged"_a, "fields"_a, "most_pages"_a,
+             "tile_pages"_a, "column_tiles"_a, "most_blocks"_a);
     nb::class_<DriverQueue>(module, "_DriverQueue")
         .def("__init__",
              [](DriverQueue* self, uintptr_t set_context, uintptr_t copy, uintptr_t copy_batch, uintptr_t copy_2d,
@@ -94,10 +148,10 @@ void bind_transfer(nb::module_& module) {
              "set_context"_a, "copy"_a, "copy_batch"_a, "copy_2d"_a, "record"_a, "wait_event"_a, "launch"_a,
              "batch_reports_failed"_a, "context"_a)
         .def("copy_batch", &queue_batch, "to"_a, "source"_a, "sizes"_a, "stream"_a)
-        .def("copy_strided", &queue_strided, "to"_a, "source"_a, "rows"_a, "width"_a, "pitch"_a, "stream"_a)
         .def("record", &DriverQueue::record, "event"_a, "stream"_a)
         .def("hold_back", &DriverQueue::hold_back, "stream"_a, "event"_a)
-        .def("launch", &queue_launch, "function"_a, "grid"_a, "threads"_a, "shared_bytes"_a, "stream"_a, "parameters"_a)
+        .def("move", &queue_move, "link"_a, "to_pool"_a, "gpu_pages"_a, "host_pages"_a, "steps"_a, "stream"_a,
+             "make_stream"_a, "kernel"_a.none())
         .def("submit", &DriverQueue::submit)
         .def("over", &DriverQueue::over, "ticket"_a)
         .def("wait", &DriverQueue::wait, "ticket"_a, unlocked)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from mtserve.cache.index import PageIds
-from mtserve.kernels.cuda.queue import DriverQueue
 from mtserve.kernels.host_format.packed import PackedPages
 from mtserve.kernels.unpack.reference import unpack_pages
 from mtserve.model.hstu import HSTULayer
@@ -16,14 +15,14 @@ from mtserve.transfer.mover import Unpacker
 class TorchUnpacker:
     """In plain torch, a layer at a time, on any device."""
 
-    queues = False
+    kernel = None
 
     def __init__(self, packed: PackedPages, states: torch.Tensor, model: RankingModel) -> None:
         self.states, self._packed = states, packed
         self._layers = [layer for layer in model.layers if isinstance(layer, HSTULayer)]
 
     @torch.inference_mode()
-    def unpack(self, pages: PageIds, first: int, last: int, stream: int, queue: DriverQueue | None = None) -> None:
+    def unpack(self, pages: PageIds, first: int, last: int, stream: int) -> None:
         """As in Unpacker."""
         if not self.states.is_cuda:
             self._unpack(pages, first, last)

@@ -21,9 +21,10 @@ import torch
 from mtserve.cache.index import Copy, PageIds
 from mtserve.errors import MtserveError
 from mtserve.kernels.cuda.driver import Event, current_context, use_context
-from mtserve.kernels.cuda.queue import DriverQueue
-from mtserve.transfer.lane import NO_PAGES, CopyJob, Lane, Submission
-from mtserve.transfer.mover import LOAD, STORE, Fault, Finished, Ints, Mover, Pieces, runs
+from mtserve.kernels.cuda.queue import DriverQueue, PageLink
+from mtserve.transfer.course import Course
+from mtserve.transfer.lane import CopyJob, Lane, Submission
+from mtserve.transfer.mover import LOAD, STORE, Fault, Finished, Mover, Pieces, runs
 
 MAX_GROUPS = 4  # of layers, in which a long load comes over an idle link
 GROUPED_PIECE_BYTES = 2 << 20  # the least strided piece that keeps the link's rate
@@ -105,7 +106,10 @@ class CudaMover(Mover):
         self._finished: list[Finished] = []
         self._page_bytes = pool[:1].nbytes
         self._layers = pool.shape[1]
-        self._layer_bytes = self._page_bytes // self._layers
+        self._link = PageLink(
+            pool=pool.data_ptr(), pool_pages=len(pool), arena=arena.data_ptr(), arena_pages=len(arena), layers=self._layers,
+            layer_bytes=self._page_bytes // self._layers, chunk_pages=chunk_pages, strided_bytes=STRIDED_BYTES,
+        )  # fmt: skip
         self._groups = layer_groups(self._layers)
 
     def submit(self, kind: str, copies: Sequence[Copy]) -> None:
@@ -158,113 +162,62 @@ class CudaMover(Mover):
 
     def _begin(self, lane: Lane, submission: Submission) -> None:
         """Give the driver one submission."""
+        course = self._course(lane, submission)
         try:
             if submission.firsts == (0,):
-                self._copy_whole(lane, submission)
+                self._copy_whole(course, submission)
             else:
-                self._load_by_groups(lane, submission)
+                self._load_by_groups(course, submission)
+            course.queue()
         except (MtserveError, RuntimeError) as failure:  # the unpacker's, or torch's, which wants memory for it
             submission.fail(lane.kind, failure)
-            submission.break_off(self._end(lane, submission))
+            course = self._course(lane, submission)
+            submission.break_off(course.bring(0, 0, (0, 0)))
+            course.queue()
         lane.submit(submission)
         if lane.kind == LOAD:
             self._loads.update((job.copy.ticket, submission) for job in submission.jobs)
 
-    def _copy_whole(self, lane: Lane, submission: Submission) -> None:
-        """Queue all layers of the jobs' pages, but those of jobs that are to fail."""
-        gpu_pages, host_pages = submission.pages()
-        cut = 0
-        if lane.kind == LOAD and submission.size >= 2 * ANNOUNCED_BYTES:
-            cut = max(0, len(gpu_pages) - ANNOUNCED_BYTES // self._page_bytes)
-        if cut:
-            self._copy_pages(lane, gpu_pages[:cut], host_pages[:cut])
-            submission.announced = lane.mark(lane.raw_stream)
-            submission.others.append(submission.announced)
-        if len(gpu_pages):
-            self._copy_pages(lane, gpu_pages[cut:], host_pages[cut:])
-        submission.events.append(self._end(lane, submission, gpu_pages, 0, self._layers))
+    def _course(self, lane: Lane, submission: Submission) -> Course:
+        return Course(lane, self._link, submission, self.unpacker, self._unpacking.cuda_stream)
 
-    def _copy_pages(self, lane: Lane, gpu_pages: PageIds, host_pages: PageIds) -> None:
-        inside, outside, counts = self._addresses(gpu_pages, host_pages)
-        target, source = (inside, outside) if lane.kind == LOAD else (outside, inside)
-        lane.queue.copy_batch(target, source, counts * self._page_bytes, lane.raw_stream)
+    def _copy_whole(self, course: Course, submission: Submission) -> None:
+        """All layers of the jobs' pages, but those of jobs that are to fail."""
+        layers, cut = (0, self._layers), 0
+        if course.loads and submission.size >= 2 * ANNOUNCED_BYTES:
+            cut = max(0, course.pages - ANNOUNCED_BYTES // self._page_bytes)
+        if cut:
+            submission.announced = course.announce(0, cut, layers)
+        submission.events.append(course.bring(cut, course.pages, layers, made_from=0))
 
     def _groups_of(self, submission: Submission) -> tuple[int, ...]:
         """The first layers of the groups in which a load comes: one alone, whose pages lie in runs long enough."""
         job = submission.jobs[0]
         if len(submission.jobs) > 1 or job.error is not None:
             return (0,)
-        groups, pages = len(self._groups), self._addresses(job.copy.gpu_pages, job.copy.host_pages)[2].mean()
-        while groups > 1 and pages * self._page_bytes < GROUPED_PIECE_BYTES * groups:
+        groups, run_pages = len(self._groups), self._run_pages(job.copy.gpu_pages, job.copy.host_pages)
+        while groups > 1 and run_pages * self._page_bytes < GROUPED_PIECE_BYTES * groups:
             groups //= 2
         return layer_groups(self._layers, groups)
 
-    def _load_by_groups(self, lane: Lane, submission: Submission) -> None:
-        """Queue loads whose last pages' layers come group by group, those of all jobs together."""
-        gpu_pages, host_pages = submission.pages()
-        bulk = 0 if submission.grouped is None else max(0, len(gpu_pages) - submission.grouped)
-        self._load_bulk(lane, submission, gpu_pages[:bulk], host_pages[:bulk])
-        gpu_pages, host_pages = gpu_pages[bulk:], host_pages[bulk:]
-        pieces = self._addresses(gpu_pages, host_pages)
-        for first, last in pairwise((*submission.firsts, self._layers)):
-            self._copy_layers(lane, *pieces, first, last)
-            submission.events.append(self._end(lane, submission, gpu_pages, first, last))
+    def _load_by_groups(self, course: Course, submission: Submission) -> None:
+        """Loads whose last pages' layers come group by group, those of all jobs together."""
+        bulk = 0 if submission.grouped is None else max(0, course.pages - submission.grouped)
+        if bulk:
+            self._load_bulk(course, submission, bulk)
+        for layers in pairwise((*submission.firsts, self._layers)):
+            submission.events.append(course.bring(bulk, course.pages, layers))
         submission.announced = submission.events[(len(submission.events) - 1) // 2]
 
-    def _load_bulk(self, lane: Lane, submission: Submission, gpu_pages: PageIds, host_pages: PageIds) -> None:
-        """Queue all layers of the pages before those that come by groups, and have the link begin with them."""
-        first, parts = submission.firsts[0], self._parts(len(gpu_pages))
-        for part in range(parts if len(gpu_pages) else 0):
-            some = slice(part * len(gpu_pages) // parts, (part + 1) * len(gpu_pages) // parts)
-            self._copy_layers(lane, *self._addresses(gpu_pages[some], host_pages[some]), first, self._layers)
-            lane.begin(submission)
-            if self.unpacker is not None:
-                submission.others.append(self._end(lane, submission, gpu_pages[some], first, self._layers))
-
-    def _parts(self, pages: int) -> int:
-        return load_parts(pages, self._page_bytes, unpacked=self.unpacker is not None)
-
-    def _copy_layers(self, lane: Lane, inside: Ints, outside: Ints, counts: Ints, first: int, last: int) -> None:
-        """Queue layers [first, last) of runs of pages: whole runs; else a strided copy each, or, of short runs, pages of
-        a batch.
-        """
-        if not len(counts):
+    def _load_bulk(self, course: Course, submission: Submission, pages: int) -> None:
+        """All layers of the first `pages`, which come before those that come by groups."""
+        layers = submission.firsts[0], self._layers
+        if self.unpacker is None:
+            course.copy(0, pages, layers)
             return
-        queue, stream = lane.queue, lane.raw_stream
-        offset, width = first * self._layer_bytes, (last - first) * self._layer_bytes
-        if width == self._page_bytes:
-            queue.copy_batch(inside, outside, counts * width, stream)
-        elif counts.mean() * width >= STRIDED_BYTES:
-            queue.copy_strided(inside + offset, outside + offset, counts, width, self._page_bytes, stream)
-        else:
-            in_run = np.concatenate([np.arange(count) for count in counts.tolist()]) * self._page_bytes + offset
-            target, source = np.repeat(inside, counts) + in_run, np.repeat(outside, counts) + in_run
-            queue.copy_batch(target, source, np.full(len(target), width, dtype=np.int64), stream)
-
-    def _end(
-        self, lane: Lane, submission: Submission, pages: PageIds = NO_PAGES, first: int = 0, last: int = 0
-    ) -> Event:
-        """What passes when all that is queued of a submission is done, and states of layers [first, last) of `pages` are
-        made of it; of a load not before those of earlier ones.
-        """
-        copied, unpacker, stream = lane.mark(lane.raw_stream), self.unpacker, self._unpacking.cuda_stream
-        if lane.kind == STORE or unpacker is None:
-            return copied
-        submission.others.append(copied)
-        submission.unpacker = unpacker
-        lane.queue.hold_back(stream, copied)
-        if len(pages) and unpacker.queues:
-            unpacker.unpack(pages, first, last, stream, lane.queue)
-        elif len(pages):
-            lane.flush(submission)
-            unpacker.unpack(pages, first, last, stream)
-        return lane.mark(stream)
-
-    def _addresses(self, gpu_pages: PageIds, host_pages: PageIds) -> tuple[Ints, Ints, Ints]:
-        """Each run's address in the pool, in the arena, and its pages."""
-        inside, outside, counts = runs(gpu_pages, host_pages, self.chunk_pages)
-        size = self._page_bytes
-        return inside * size + self.pool.data_ptr(), outside * size + self.arena.data_ptr(), counts
+        parts = load_parts(pages, self._page_bytes, unpacked=True)
+        for begin, end in pairwise(part * pages // parts for part in range(parts + 1)):
+            submission.others.append(course.bring(begin, end, layers))
 
     def poison(self, pages: PageIds) -> None:
         """On a stream of its own that waits for nobody: what still uses those pages against the rules will show."""
@@ -316,9 +269,12 @@ class CudaMover(Mover):
         gpu_pages, host_pages = (
             np.concatenate([getattr(each, name) for each in loads]) for name in ("gpu_pages", "host_pages")
         )
-        pages, runs_of_pages = len(gpu_pages), len(runs(gpu_pages, host_pages, self.chunk_pages)[2])
-        course = split_course(self._layers, pages, self._page_bytes, unpacked=self.unpacker is not None)
-        return Pieces(pages, *course, pages / runs_of_pages)
+        course = split_course(self._layers, len(gpu_pages), self._page_bytes, unpacked=self.unpacker is not None)
+        return Pieces(len(gpu_pages), *course, self._run_pages(gpu_pages, host_pages))
+
+    def _run_pages(self, gpu_pages: PageIds, host_pages: PageIds) -> float:
+        """Neighbouring pages that one copy takes, in the mean."""
+        return len(gpu_pages) / len(runs(gpu_pages, host_pages, self.chunk_pages)[2])
 
     def near(self, ticket: int) -> bool:
         lane, submission = self._lanes[LOAD], self._loads.get(ticket)

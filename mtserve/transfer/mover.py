@@ -18,7 +18,7 @@ import torch
 from mtserve import _core
 from mtserve.cache.index import Copy, PageIds
 from mtserve.errors import TransferFailed
-from mtserve.kernels.cuda.queue import DriverQueue
+from mtserve.kernels.cuda.queue import PageKernel
 from mtserve.transfer.pool import poison
 
 LOAD, STORE = "load", "store"
@@ -65,13 +65,13 @@ class Unpacker(Protocol):
     states: torch.Tensor
     """The device's states, [pages, layers, ...]: the same pages as those of the mover's pool."""
 
-    queues: bool
-    """Whether it can add its launches to a queue."""
+    @property
+    def kernel(self) -> PageKernel | None:
+        """What a queue's own thread may run instead; None: nothing."""
+        ...
 
-    def unpack(self, pages: PageIds, first: int, last: int, stream: int, queue: DriverQueue | None = None) -> None:
-        """Make the states of layers [first, last) of `pages`: on the raw `stream` of CUDA, by way of `queue` where there
-        is one; on the CPU at once.
-        """
+    def unpack(self, pages: PageIds, first: int, last: int, stream: int) -> None:
+        """Make the states of layers [first, last) of `pages`: on the raw `stream` of CUDA; on the CPU at once."""
         ...
 
 

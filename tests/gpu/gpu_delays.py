@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import pytest
 import torch
+from gpu_driver import STRIDED, Copies, interpose
 
 from mtserve.cache.index import Copy
-from mtserve.kernels.cuda.driver import Addresses
-from mtserve.kernels.cuda.queue import DriverQueue
 from mtserve.transfer import cuda_mover
 from mtserve.transfer.cuda_mover import CudaMover
 from mtserve.transfer.mover import LOAD
@@ -43,31 +41,18 @@ def delay_submissions(mover: CudaMover, cycles: Callable[[str], int]) -> None:
     mover.submit = late  # type: ignore[method-assign]
 
 
-def in_step(mover: CudaMover) -> None:
-    """Have the driver got all of a submission when it returns: what a test then does to the streams comes after it."""
-    for lane in mover._lanes.values():
-        lane.queue.submit = partial(_submit_and_wait, lane.queue, lane.queue.submit)  # type: ignore[method-assign]
-
-
-def _submit_and_wait(queue: DriverQueue, submit: Callable[[], int]) -> int:
-    ticket = submit()
-    queue.wait(ticket)
-    return ticket
-
-
 def delay_groups(monkeypatch: pytest.MonkeyPatch, mover: CudaMover, cycles: Callable[[int, int], int]) -> None:
     """Before each group of layers of a grouped load, `cycles(load, group)` pass; loads are counted from 0."""
-    queue, base, page_bytes = mover._lanes[LOAD].queue, mover.pool.data_ptr(), mover.pool[:1].nbytes
-    real, load, group, begun = queue.copy_strided, -1, 0, -1
+    base, page_bytes = mover.pool.data_ptr(), mover.pool[:1].nbytes
+    load, group, begun = -1, 0, -1
 
-    def late(to: Addresses, source: Addresses, rows: Addresses, width: int, pitch: int, stream: int) -> None:
+    def late(copies: Copies) -> int:
         nonlocal load, group, begun
-        layer_offset = int(to[0] - base) % page_bytes
-        if layer_offset != begun:  # the first piece of its group
+        layer_offset = int(copies.to[0] - base) % page_bytes
+        if copies.name == STRIDED and layer_offset != begun:  # the first piece of its group
             load, group = (load + 1, 0) if layer_offset == 0 else (load, group + 1)
             begun = layer_offset
-            queue.wait(queue.submit())  # what comes before the delay
             delay_stream(mover._lanes[LOAD].stream, cycles(load, group))
-        real(to, source, rows, width, pitch, stream)
+        return 0
 
-    monkeypatch.setattr(queue, "copy_strided", late)
+    interpose(monkeypatch, mover, LOAD, late)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from gpu_delays import MS, delay_groups, delay_stream, group_all_loads, in_step
+from gpu_delays import MS, delay_groups, delay_stream, group_all_loads
+from gpu_driver import STRIDED, Copies, in_step, interpose
 
 from mtserve.cache.index import Copy
 from mtserve.engine.gates import Gates, LayerWaits
 from mtserve.errors import ResourceExhausted, TransferFailed
-from mtserve.kernels.cuda.driver import CudaError, Event, OwnStream
+from mtserve.kernels.cuda.driver import Event, OwnStream, batch_name
 from mtserve.kernels.cuda.graph import capture
 from mtserve.transfer import cuda_mover
 from mtserve.transfer.arena import HostArena, grow_all
@@ -55,7 +57,8 @@ class Link:
         assert arena_pages > self.host.chunk_pages
         self.pool = allocate_pool(shape, pool_pages, DEVICE, poison=True)
         self.mover = CudaMover(self.pool, self.host.tensor, fault, chunk_pages=self.host.chunk_pages)
-        in_step(self.mover)
+        for lane in self.mover._lanes.values():
+            in_step(lane.queue)
 
     @property
     def totals(self) -> tuple[int, int]:
@@ -385,7 +388,7 @@ def test_a_copy_that_the_driver_refuses_is_told_and_the_next_one_works(
     link = make_link()
     copies = [_copy(1, [3, 4, 9], [5, 6, 7]), _copy(2, [1], [1])]
     with monkeypatch.context() as patched:
-        _refuse(patched, link, kind, "copy_batch", "cuMemcpyBatchAsync")
+        _refuse(patched, link, kind)
         link.mover.submit(kind, copies)
         finished = _end(link)
     assert [each.ticket for each in finished] == [1, 2]
@@ -398,7 +401,7 @@ def test_a_load_that_fails_between_its_groups_is_never_near(make_link: Make, mon
     link = make_link()
     copies = [_copy(1, np.arange(32), np.arange(32))]
     with monkeypatch.context() as patched:
-        _refuse(patched, link, LOAD, "copy_strided", "cuMemcpy2DAsync_v2", calls=2)
+        _refuse(patched, link, LOAD, after=2)
         link.mover.submit(LOAD, copies)
         assert len(link.mover._loads[1].events) == 4
         link.mover._loads[1].events[-1].synchronize()
@@ -408,24 +411,16 @@ def test_a_load_that_fails_between_its_groups_is_never_near(make_link: Make, mon
     _assert_exact(link, LOAD, copies)
 
 
-def _refuse(patched: pytest.MonkeyPatch, link: Link, kind: str, call: str, name: str, calls: int = 0) -> None:
-    """The driver makes so many calls, then refuses one and is asked for no more; it says so once."""
-    queue = link.mover._lanes[kind].queue
-    real, made, told = getattr(queue, call), 0, False
+def _refuse(patched: pytest.MonkeyPatch, link: Link, kind: str, after: int = 0) -> None:
+    """The driver makes so many calls that copy, and refuses the next one."""
+    seen = 0
 
-    def counted(*arguments: Any) -> None:
-        nonlocal made
-        made += 1
-        if made <= calls:
-            real(*arguments)
+    def before(copies: Copies) -> int:
+        nonlocal seen
+        seen += 1
+        return 1 if seen == after + 1 else 0
 
-    def take_error(ticket: int) -> CudaError | None:
-        nonlocal told
-        told, before = True, told
-        return None if before else CudaError("error 1: invalid argument", field=name)
-
-    patched.setattr(queue, call, counted)
-    patched.setattr(queue, "take_error", take_error)
+    interpose(patched, link.mover, kind, before)
 
 
 class PinsTwice:
@@ -476,24 +471,14 @@ def test_no_copy_crosses_the_end_of_a_chunk(make_link: Make, monkeypatch: pytest
     base, chunk = link.host.tensor.data_ptr(), link.host.chunk_pages * LARGE.bytes
     spans: list[tuple[int, int]] = []
     calls: list[str] = []
-    kind = LOAD
-    queues = {each: link.mover._lanes[each].queue for each in (LOAD, STORE)}
-    batch = {each: queue.copy_batch for each, queue in queues.items()}
-    strided = queues[LOAD].copy_strided
 
-    def noted_batch(to: Any, source: Any, sizes: Any, stream: int) -> None:
-        calls.append("batch")
-        spans.extend(zip((source if kind == LOAD else to).tolist(), sizes.tolist(), strict=True))
-        batch[kind](to, source, sizes, stream)
+    def note(kind: str, copies: Copies) -> int:
+        calls.append(copies.name)
+        spans.extend(zip((copies.source if kind == LOAD else copies.to).tolist(), copies.spans.tolist(), strict=True))
+        return 0
 
-    def noted_strided(to: Any, source: Any, rows: Any, width: int, pitch: int, stream: int) -> None:
-        calls.append("strided")
-        spans.extend(zip(source.tolist(), ((rows - 1) * pitch + width).tolist(), strict=True))
-        strided(to, source, rows, width, pitch, stream)
-
-    for queue in queues.values():
-        monkeypatch.setattr(queue, "copy_batch", noted_batch)
-    monkeypatch.setattr(queues[LOAD], "copy_strided", noted_strided)
+    for kind in (LOAD, STORE):
+        interpose(monkeypatch, link.mover, kind, partial(note, kind))
     rng = np.random.default_rng(7)
     for turn in range(6):
         kind = (LOAD, STORE)[turn % 2]
@@ -502,7 +487,7 @@ def test_no_copy_crosses_the_end_of_a_chunk(make_link: Make, monkeypatch: pytest
         _assert_exact(link, kind, [_copy(turn, inside, outside)])
     for kind in (LOAD, STORE):
         _assert_exact(link, kind, [_copy(9, np.arange(256), np.arange(256) + 34)])  # to the last page of the last chunk
-    assert set(calls) == {"batch", "strided"}
+    assert set(calls) == {batch_name(), STRIDED}
     for address, size in spans:
         assert (address - base) // chunk == (address + size - 1 - base) // chunk
 

@@ -12,17 +12,22 @@ import contextlib
 import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from fake_queue import FakeQueue
 
-from mtserve.kernels.cuda.driver import Addresses, CudaError
+from mtserve.kernels.cuda.driver import Addresses
 from mtserve.transfer import cuda_mover, lane
 
 CONTEXT = 77  # of the pool's device
 OTHER_CONTEXT = 78  # of the device that is current in the caller's thread
 LONGEST_S = 5.0  # that a test waits
+INVALID, UNKNOWN = 1, 999  # codes of the driver
+
+Kernel = Callable[[Any, int, int], int]
+"""(addresses of its parameters, grid, stream) -> the driver's code."""
 
 
 class FakeStream:
@@ -77,8 +82,8 @@ class FakeStream:
 class FakeEvent:
     """A place on a stream."""
 
-    def __init__(self, driver: FakeDriver) -> None:
-        self._driver = driver
+    def __init__(self, driver: FakeDriver, handle: int = 0) -> None:
+        self._driver, self.handle = driver, handle
         self._stream: FakeStream | None = None
         self._place = 0
 
@@ -106,7 +111,8 @@ class FakeDriver:
 
     def __init__(self) -> None:
         self.streams: dict[int, FakeStream] = {}
-        self.events = 0  # made
+        self.all_events: dict[int, FakeEvent] = {}  # by handle
+        self.kernels: dict[int, Kernel] = {}  # by address
         self.now = 0.0
         self.refuses: Callable[[], bool] = lambda: False  # asked at each call that copies
         self._pieces: list[tuple[int, int]] = []
@@ -155,8 +161,9 @@ class FakeDriver:
 
     def event(self) -> FakeEvent:
         assert self._context == CONTEXT
-        self.events += 1
-        return FakeEvent(self)
+        handle = len(self.all_events) + 1
+        self.all_events[handle] = FakeEvent(self, handle)
+        return self.all_events[handle]
 
     def current_context(self) -> int:
         return self._context
@@ -167,35 +174,32 @@ class FakeDriver:
 
     def queue(self, context: int) -> FakeQueue:
         assert context == CONTEXT
-        return FakeQueue(self)
+        return FakeQueue(self, context)
 
-    def copy_batch(self, to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:
+    def copy_batch(self, to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> int:
+        """Queue copies; the code of what went wrong, 0 for none."""
         pieces = list(zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True))
-        for piece in pieces:
-            self._check(*piece)
+        if not all(self._lies_within(*piece) for piece in pieces):
+            return INVALID
         refused = self.refuses()
         for piece in pieces[: len(pieces) // 2] if refused else pieces:
             self.streams[stream].push(_bytes(*piece))
-        if refused:
-            raise CudaError("error 999: unknown error", field="cuMemcpyBatchAsync")
+        return UNKNOWN if refused else 0
 
-    def copy_strided(
-        self, to: Addresses, source: Addresses, rows: Addresses, width: int, pitch: int, stream: int
-    ) -> None:
-        for piece in zip(to.tolist(), source.tolist(), rows.tolist(), strict=True):
-            self._copy_rows(*piece, width, pitch, stream)
-
-    def _copy_rows(self, to: int, source: int, rows: int, width: int, pitch: int, stream: int) -> None:
-        self._check(to, source, (rows - 1) * pitch + width)
+    def copy_rows(self, to: int, source: int, rows: int, width: int, pitch: int, stream: int) -> int:
+        """Likewise, of a strided copy."""
+        if not self._lies_within(to, source, (rows - 1) * pitch + width):
+            return INVALID
         if self.refuses():
-            raise CudaError("error 999: unknown error", field="cuMemcpy2DAsync_v2")
+            return UNKNOWN
         copies = [_bytes(to + row * pitch, source + row * pitch, width) for row in range(rows)]
         self.streams[stream].push(lambda: [copy() for copy in copies])
+        return 0
 
-    def _check(self, to: int, source: int, size: int) -> None:
-        for first in (to, source):
-            if size <= 0 or not any(begin <= first and first + size <= end for begin, end in self._pieces):
-                raise CudaError("error 1: invalid argument", field="cuMemcpy")
+    def _lies_within(self, to: int, source: int, size: int) -> bool:
+        return size > 0 and all(
+            any(begin <= first and first + size <= end for begin, end in self._pieces) for first in (to, source)
+        )
 
 
 def _bytes(to: int, source: int, size: int) -> Callable[[], object]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from fake_driver import FakeDriver, FakeStream
-from fake_queue import FakeQueue
+from fake_driver import UNKNOWN, FakeDriver, FakeStream
 
+from mtserve import _core
 from mtserve.cache.index import Copy
 from mtserve.errors import InvalidArgument, TransferFailed
-from mtserve.kernels.cuda.driver import CudaError
 from mtserve.transfer import cuda_mover
 from mtserve.transfer.cuda_mover import CudaMover
 from mtserve.transfer.mover import LOAD, STORE, Fault, Finished
@@ -40,7 +41,13 @@ class Link:
     """A pool, an arena whose chunks are pinned apart, and the mover between them."""
 
     def __init__(
-        self, driver: FakeDriver, shape: PageShape, pool_pages: int, arena_pages: int, fault: Fault | None
+        self,
+        driver: FakeDriver,
+        shape: PageShape,
+        pool_pages: int,
+        arena_pages: int,
+        fault: Fault | None,
+        chunk_pages: int,
     ) -> None:
         self.driver = driver
         self.pool = allocate_pool(shape, pool_pages, torch.device("cpu"), poison=False)
@@ -50,7 +57,7 @@ class Link:
         driver.register(self.pool)
         for first in range(0, arena_pages, CHUNK_PAGES):
             driver.register(self.arena[first : first + CHUNK_PAGES])
-        self.mover = CudaMover(self.pool, self.arena, fault, chunk_pages=CHUNK_PAGES)
+        self.mover = CudaMover(self.pool, self.arena, fault, chunk_pages=chunk_pages)
 
     def stream(self, kind: str) -> FakeStream:
         return self.driver.streams[self.mover._lanes[kind].stream.cuda_stream]
@@ -78,7 +85,7 @@ class Link:
         self.check()
         assert not self.mover._loads
         assert [lane.queued_bytes for lane in self.mover._lanes.values()] == [0, 0]
-        assert sum(len(lane._free) for lane in self.mover._lanes.values()) == self.driver.events
+        assert sum(len(lane._free) for lane in self.mover._lanes.values()) == len(self.driver.all_events)
         return finished
 
     def check(self) -> None:
@@ -106,12 +113,13 @@ def make_link(monkeypatch: pytest.MonkeyPatch) -> Make:
         *,
         shape: PageShape = SHAPE,
         scaled: bool = True,
+        chunk_pages: int = CHUNK_PAGES,
     ) -> Link:
         driver = FakeDriver()
         driver.install(monkeypatch)
         for name in BOUNDS if scaled else ():
             monkeypatch.setattr(cuda_mover, name, getattr(cuda_mover, name) * shape.bytes >> 20)
-        return Link(driver, shape, pool_pages, arena_pages, fault)
+        return Link(driver, shape, pool_pages, arena_pages, fault, chunk_pages)
 
     return make
 
@@ -156,14 +164,13 @@ def test_bytes_are_exact_and_come_no_sooner_than_the_stream(make_link: Make, kin
 
 def test_the_driver_refuses_what_crosses_the_end_of_a_chunk(make_link: Make) -> None:
     """What the mover would run into, did it not cut there."""
-    link = make_link()
+    link = make_link(chunk_pages=0)
     before = link.after(LOAD, [])
-    link.mover.chunk_pages = 0
     link.mover.submit(LOAD, [_long(1, 0, 7), _long(2, 8)])  # together: both fail
     link.mover.submit(LOAD, [_long(3, 100, 7)])
     errors = [each.error for each in link.end()]
     assert [error is None for error in errors] == [True, False, True]
-    assert "load of 16 pages: cuMemcpy: error 1" in str(errors[1])
+    assert "load of 16 pages: cuMemcpyBatchAsync: error 1" in str(errors[1])
     assert not link.holds(before)
 
 
@@ -309,7 +316,7 @@ def test_a_submission_that_the_driver_refuses_half_way_fails_once_and_the_rest_g
                 rest[torch.from_numpy((copy.gpu_pages if kind == LOAD else copy.host_pages).astype(np.int64))] = False
             side = 0 if kind == LOAD else 1
             assert torch.equal((link.pool, link.arena)[side][rest], expected[side][rest]), turn
-    assert link.driver.events == 3 * len(KINDS)  # used again and again
+    assert len(link.driver.all_events) == 3 * len(KINDS)  # used again and again
 
 
 @pytest.mark.parametrize("call", range(4))
@@ -374,44 +381,64 @@ def test_poison_fills_its_pages_alone_before_what_is_queued_later(make_link: Mak
 # What a batch begins over at once: loads of some layers
 
 
-class Unpacking:
-    """States that are twice what the pool has, made in the order of a stream; counts its calls."""
+class PageList(ctypes.Structure):
+    """What the kernel is given."""
 
-    def __init__(self, link: Link) -> None:
+    _fields_ = [(name, ctypes.c_int) for name in ("last", "count", "first", "unused")] + [("pages", ctypes.c_int * 128)]
+
+
+class Unpacking:
+    """States that are twice what the pool has, made in the order of a stream; counts its calls.
+
+    `queues`: by a kernel that the queue's thread launches, which `fate.refuses`; else by `unpack`, which `raises`.
+    """
+
+    def __init__(self, link: Link, *, queues: bool = True) -> None:
         self.link, self.states = link, torch.zeros_like(link.pool)
         self.calls: list[tuple[list[int], int, int]] = []
-        self.refuses = False
+        self.fate = SimpleNamespace(refuses=False)
         self.raises: dict[int, Exception] = {}  # by the number of the call
-        self.queues = True
+        self.kernel: _core._PageKernel | None = self._kernel(self.states, self.calls, self.fate) if queues else None
         link.mover.unpacker = self
 
-    def unpack(
-        self, pages: npt.NDArray[np.int32], first: int, last: int, stream: int, queue: FakeQueue | None = None
-    ) -> None:
+    def _kernel(self, states: torch.Tensor, calls: list[Any], fate: SimpleNamespace) -> _core._PageKernel:
+        """Holds what it works with and not us."""
+        driver, pool = self.link.driver, self.link.pool
+        address = 1000 + len(driver.kernels)
+
+        def launch(parameters: Any, grid: int, stream: int) -> int:
+            given = PageList.from_address(parameters[1])
+            pages, layers = given.pages[: given.count], slice(given.first, given.last)
+            assert grid == 2 * given.count * (given.last - given.first)
+            calls.append((pages, given.first, given.last))
+            if fate.refuses:
+                return UNKNOWN
+            driver.streams[stream].push(lambda: _double(states, pool, pages, layers))
+            return 0
+
+        driver.kernels[address] = launch
+        fields = [getattr(PageList, name).offset for name in ("first", "last", "count", "pages")]
+        return _core._PageKernel(
+            address, 256, 0, [bytes(8), bytes(PageList())], paged=1, fields=fields, most_pages=128, tile_pages=1,
+            column_tiles=2, most_blocks=0,
+        )  # fmt: skip
+
+    def unpack(self, pages: npt.NDArray[np.int32], first: int, last: int, stream: int) -> None:
+        assert self.kernel is None
         self.calls.append((pages.tolist(), first, last))
         failure = self.raises.pop(len(self.calls) - 1, None)
         if failure is not None:
             raise failure
-        ids = torch.from_numpy(pages.astype(np.int64))
-        link, states, refuses = self.link, self.states, self.refuses  # nothing that is queued holds us
-
-        def make() -> None:
-            states[ids, first:last] = 2 * link.pool[ids, first:last]
-
-        def launch(grid: int, stream: int) -> None:
-            if refuses:
-                raise CudaError("error 999: unknown error", field="cuLaunchKernel")
-            link.driver.streams[stream].push(make)
-
-        assert (queue is not None) == self.queues
-        if queue is None:
-            launch(0, stream)
-        else:
-            queue.launch(launch, 0, stream)
+        states, pool = self.states, self.link.pool  # nothing that is queued holds us
+        self.link.driver.streams[stream].push(lambda: _double(states, pool, pages.tolist(), slice(first, last)))
 
     @property
     def stream(self) -> FakeStream:
         return self.link.driver.streams[self.link.mover._unpacking.cuda_stream]
+
+
+def _double(states: torch.Tensor, pool: torch.Tensor, pages: list[int], layers: slice) -> None:
+    states[pages, layers] = 2 * pool[pages, layers]
 
 
 EIGHT = PageShape(layers=8, page_tokens=2, heads=1, head_dim=8, dtype=torch.float32)
@@ -467,19 +494,8 @@ def test_a_split_brings_whole_pages_and_behind_them_the_last_group_by_group(
         assert unpacking.calls == parts + groups
 
 
-def test_the_link_begins_while_the_rest_of_a_split_is_put_together(make_link: Make) -> None:
-    link = make_link(shape=EIGHT)
-    queue, lists = link.mover._lanes[LOAD].queue, []
-    submit = queue.submit
-    queue.submit = lambda: lists.append(len(queue._list)) or submit()
-    link.mover.submit_split([_long(1, 0, 128)], 0)
-    assert len(lists) == 2
-    assert lists[0] > 0
-    link.end()
-
-
 @pytest.mark.parametrize("call", range(2))
-def test_a_split_fails_whichever_of_its_lists_the_driver_refuses(make_link: Make, call: int) -> None:
+def test_a_split_fails_whichever_of_its_parts_the_driver_refuses(make_link: Make, call: int) -> None:
     link = make_link(shape=EIGHT)
     _refuse(link, call)
     link.mover.submit_split([_long(1, 0, 128)], 0).wait()
@@ -588,7 +604,7 @@ def test_whole_loads_are_unpacked_once_they_are_there_and_stores_never(make_link
 def test_loads_whose_states_cannot_be_made_fail(make_link: Make, split: bool) -> None:
     link = make_link()
     unpacking = Unpacking(link)
-    unpacking.refuses = True
+    unpacking.fate.refuses = True
     if split:
         link.mover.submit_split([_long(1, 0)], 1)
     else:
@@ -596,7 +612,7 @@ def test_loads_whose_states_cannot_be_made_fail(make_link: Make, split: bool) ->
     link.mover.submit(STORE, [_long(2, 100)])
     finished = {each.kind: each.error for each in link.end()}
     assert finished[STORE] is None
-    assert "load of 16 pages: cuLaunchKernel: error 999" in str(finished[LOAD])
+    assert "load of 16 pages: cuLaunchKernelEx: error 999" in str(finished[LOAD])
 
 
 def test_poison_reaches_states_as_well(make_link: Make) -> None:
@@ -627,15 +643,13 @@ def test_pages_of_a_run(make_link: Make, pages: list[Any], expected: float) -> N
 # What goes wrong while a submission is put together
 
 
-@pytest.mark.parametrize("queues", [True, False], ids=["queued", "at once"])
 @pytest.mark.parametrize("calls", range(4))
 @pytest.mark.parametrize("failure", [InvalidArgument("of no page", field="pages"), torch.OutOfMemoryError("no memory")])
 def test_what_raises_half_way_fails_its_jobs_alone_and_leaves_nothing_behind(
-    make_link: Make, failure: Exception, calls: int, queues: bool
+    make_link: Make, failure: Exception, calls: int
 ) -> None:
     link = make_link(shape=EIGHT)
-    unpacking = Unpacking(link)
-    unpacking.queues = queues
+    unpacking = Unpacking(link, queues=False)
     unpacking.raises = {calls: failure}
     loads = [_long(1, 0, 64), _long(2, 64, 64)]
     arrivals = link.mover.submit_split(loads, 1)
@@ -654,9 +668,24 @@ def test_what_raises_half_way_fails_its_jobs_alone_and_leaves_nothing_behind(
     assert torch.equal(unpacking.states, 2 * expected[0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrong", [-1, 200])
+def test_pages_that_there_are_not_fail_their_job_alone(make_link: Make, kind: str, wrong: int) -> None:
+    link = make_link()
+    Unpacking(link)
+    good, bad = _copy(1, [3, 4], [5, 6]), _copy(2, [7, 8], [9, wrong])
+    expected = link.after(kind, [good])
+    link.mover.submit(kind, [bad])
+    link.mover.submit(kind, [good])
+    first, second = link.end()
+    assert f"{kind} of 2 pages: host_pages: page {wrong} is not within 0..159" in str(first.error)
+    assert second == Finished(kind, 1, None)
+    assert link.holds(expected)
+
+
 def test_a_whole_load_whose_unpacking_raises_is_not_found_in_the_next(make_link: Make) -> None:
     link = make_link()
-    unpacking = Unpacking(link)
+    unpacking = Unpacking(link, queues=False)
     unpacking.raises = {0: InvalidArgument("of no page", field="pages")}
     link.mover.submit(LOAD, [_long(1, 0, 3)])
     link.mover.submit(LOAD, [_long(2, 16, 48)])

@@ -15,10 +15,11 @@ import pytest
 from mtserve import _core
 from mtserve.errors import InvalidArgument
 
-CONTEXT, STREAM, EVENT, KERNEL = 55, 77, 99, 111
+CONTEXT, STREAM, MAKE_STREAM, EVENT, KERNEL, KEPT = 55, 77, 78, 99, 111, 1 << 40
 UNIFIED, STREAM_ORDER, PROGRAMMATIC = 4, 1, 6  # of cuda.h
 P, SIZE, INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 Int64s = npt.NDArray[np.int64]
+Pages = tuple[list[int], list[int]]
 
 
 class Side(ctypes.Structure):
@@ -48,6 +49,24 @@ class Config(ctypes.Structure):
         ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint), ("stream", P),
         ("attributes", ctypes.POINTER(Attribute)), ("count", ctypes.c_uint),
     ]  # fmt: skip
+
+
+class Paged(ctypes.Structure):
+    """What the kernel is given beside b"value"."""
+
+    _fields_ = [("kept", ctypes.c_longlong), *[(name, INT) for name in ("count", "last", "first")], ("pages", INT * 4)]
+
+
+FIELDS = [getattr(Paged, name).offset for name in ("first", "last", "count", "pages")]
+
+
+def kernel(**changes: Any) -> _core._PageKernel:
+    """For up to 4 pages at once; two blocks a layer and two pages, but no more than 7."""
+    given: dict[str, Any] = {
+        "function": KERNEL, "threads": 384, "shared_bytes": 1000, "parameters": [b"value", bytes(Paged(kept=KEPT))], "paged": 1,
+        "fields": FIELDS, "most_pages": 4, "tile_pages": 2, "column_tiles": 2, "most_blocks": 7,
+    }  # fmt: skip
+    return _core._PageKernel(**{**given, **changes})
 
 
 class Driver:
@@ -113,10 +132,12 @@ class Driver:
         return stream, event, flags
 
     def launch(self, config: Any, function: int, parameters: Any, extra: int | None) -> tuple[Any, ...]:
-        found = config[0]
+        found, given = config[0], Paged.from_address(parameters[1])
         assert found.count == 1 and (found.attributes[0].id, found.attributes[0].value) == (PROGRAMMATIC, 1)
-        values = ctypes.c_int.from_address(parameters[0]).value, ctypes.string_at(parameters[1], 5)
-        return list(found.grid), list(found.block), found.shared_bytes, found.stream, function, *values, extra
+        assert list(found.grid)[1:] == list(found.block)[1:] == [1, 1] and extra is None
+        assert ctypes.string_at(parameters[0], 5) == b"value" and given.kept == KEPT
+        shape = found.grid[0], found.block[0], found.shared_bytes
+        return function, found.stream, *shape, given.first, given.last, given.pages[: given.count]
 
     def names(self) -> list[str]:
         return [each[0] for each in self.calls]
@@ -154,24 +175,132 @@ def test_many_copies_of_any_size_in_any_order(batches: bool, reports_failed: boo
         assert len(copied) == 1500 and {each[1] for each in copied} == {STREAM}
 
 
-def test_rows_of_each_strided_piece_and_no_others(driver: Driver) -> None:
-    source = np.random.default_rng(3).integers(0, 256, (12, 40), dtype=np.uint8)
-    to = np.zeros_like(source)
-    offsets = [8, 208, 368]  # byte 8 of rows 0, 5 and 9
-    rows = np.array([3, 1, 2], dtype=np.int64)
-    driver.queue.copy_strided(places(to, offsets), places(source, offsets), rows, 16, 40, STREAM)
+LAYERS, LAYER_BYTES, PAGES = 4, 8, 12
+PAGE_BYTES = LAYERS * LAYER_BYTES
+
+
+class Sides:
+    """A pool and an arena of bytes, and the link between them."""
+
+    def __init__(self, *, chunk_pages: int = 0, strided_bytes: int = 0) -> None:
+        rng = np.random.default_rng(3)
+        self.pool, self.arena = (rng.integers(0, 256, (PAGES, LAYERS, LAYER_BYTES), dtype=np.uint8) for _ in range(2))
+        self.link = _core._PageLink(
+            pool=self.pool.ctypes.data, pool_pages=PAGES, arena=self.arena.ctypes.data, arena_pages=PAGES, layers=LAYERS,
+            layer_bytes=LAYER_BYTES, chunk_pages=chunk_pages, strided_bytes=strided_bytes,
+        )  # fmt: skip
+
+    def move(self, driver: Driver, steps: list[int], *, to_pool: bool = True, pages: Pages = ([1, 2, 3, 7], [4, 5, 6, 9])) -> None:  # fmt: skip
+        ids = [np.array(each, dtype=np.int32) for each in pages]
+        driver.queue.move(self.link, to_pool, *ids, steps, STREAM, MAKE_STREAM, kernel())
+        for each in ids:
+            each[:] = 0  # they were copied
+
+    def run(self, driver: Driver, steps: list[int], **options: Any) -> list[tuple[Any, ...]]:
+        """The calls but those that set the context."""
+        self.move(driver, steps, **options)
+        driver.queue.wait(driver.queue.submit())
+        return [call for call in driver.calls if call[0] != "set_context"]
+
+
+COPIES = {
+    "whole": (0, 0, (0, 4), [("copy_batch", 2, STREAM)]),
+    "whole, cut at chunks": (5, 0, (0, 4), [("copy_batch", 3, STREAM)]),
+    "strided": (0, 32, (1, 3), [("copy_2d", 16, STREAM)] * 2),
+    "of runs too short to be strided": (0, 33, (1, 3), [("copy_batch", 4, STREAM)]),
+}
+
+
+@pytest.mark.parametrize(("chunk_pages", "strided_bytes", "layers", "calls"), COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("to_pool", [True, False])
+def test_layers_of_pages_are_copied_and_no_others(
+    driver: Driver, to_pool: bool, chunk_pages: int, strided_bytes: int, layers: tuple[int, int], calls: list[Any]
+) -> None:
+    sides = Sides(chunk_pages=chunk_pages, strided_bytes=strided_bytes)
+    pool, arena, some = sides.pool.copy(), sides.arena.copy(), slice(*layers)
+    if to_pool:
+        pool[[1, 2, 3, 7], some] = arena[[4, 5, 6, 9], some]
+    else:
+        arena[[4, 5, 6, 9], some] = pool[[1, 2, 3, 7], some]
+    assert sides.run(driver, [0, 4, *layers, 0, 0, 0, 0], to_pool=to_pool) == calls
+    assert (sides.pool == pool).all() and (sides.arena == arena).all()
+
+
+def test_what_is_made_of_pages_waits_for_them_on_a_stream_of_its_own(driver: Driver) -> None:
+    steps = (
+        [0, 1, 0, 4, EVENT, 0, 0, 0] + [1, 4, 2, 4, EVENT + 1, 0, 4, EVENT + 2] + [4, 4, 0, 4, EVENT, 4, 4, EVENT + 3]
+    )
+    assert Sides().run(driver, steps) == [
+        ("copy_batch", 1, STREAM),
+        ("record", EVENT, STREAM),
+        ("copy_2d", 16, STREAM),
+        ("copy_2d", 16, STREAM),
+        ("record", EVENT + 1, STREAM),
+        ("wait_event", MAKE_STREAM, EVENT + 1, 0),
+        ("launch", KERNEL, MAKE_STREAM, 7, 384, 1000, 2, 4, [1, 2, 3, 7]),  # 2 layers, 2 pairs of pages: 8, but 7
+        ("record", EVENT + 2, MAKE_STREAM),
+        ("record", EVENT, STREAM),  # no pages
+        ("wait_event", MAKE_STREAM, EVENT, 0),
+        ("record", EVENT + 3, MAKE_STREAM),
+    ]
+
+
+def test_a_kernel_is_launched_for_so_many_pages_at_once(driver: Driver) -> None:
+    pages = list(range(9)), list(range(9))
+    calls = Sides().run(driver, [0, 9, 1, 2, EVENT, 0, 9, EVENT], pages=pages)
+    launches = [(call[3], call[-1]) for call in calls if call[0] == "launch"]
+    assert launches == [(4, [0, 1, 2, 3]), (4, [4, 5, 6, 7]), (2, [8])]
+
+
+@pytest.mark.parametrize(
+    ("steps", "field"),
+    [
+        ([0, 5, 0, 4, 0, 0, 0, 0], "steps"),
+        ([3, 2, 0, 4, 0, 0, 0, 0], "steps"),
+        ([0, 4, 0, 5, 0, 0, 0, 0], "steps"),
+        ([0, 4, 3, 2, 0, 0, 0, 0], "steps"),
+        ([0, 4, 0, 4, EVENT, 0, 5, EVENT], "steps"),
+        ([0, 4, 0, 4, 0, 0, 4, EVENT], "steps"),
+        ([0, 4, 0, 4], "steps"),
+    ],
+)
+def test_steps_that_cannot_be_are_refused(driver: Driver, steps: list[int], field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        Sides().run(driver, steps)
+    assert caught.value.field == field
     driver.queue.wait(driver.queue.submit())
-    expected = np.zeros_like(source)
-    for row in (0, 1, 2, 5, 9, 10):
-        expected[row, 8:24] = source[row, 8:24]
-    assert (to == expected).all()
-    assert driver.calls[1:] == [("copy_2d", 16, STREAM)] * 3
+    assert driver.names() == ["set_context"]
+
+
+@pytest.mark.parametrize(
+    ("pages", "field"),
+    [(([0, 12], [0, 1]), "gpu_pages"), (([0, 1], [0, -1]), "host_pages"), (([0, 1], [0]), "host_pages")],
+)
+def test_pages_that_there_are_not_are_refused(driver: Driver, pages: Pages, field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        Sides().run(driver, [], pages=pages)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"paged": 2}, "paged"),
+        ({"fields": FIELDS[:3]}, "fields"),
+        ({"fields": [-4, *FIELDS[1:]]}, "fields"),
+        ({"most_pages": 6}, "fields"),
+        ({"tile_pages": 0}, "most_pages"),
+    ],
+)
+def test_kernels_whose_parameters_would_be_written_beyond_are_refused(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        kernel(**changes)
+    assert caught.value.field == field
 
 
 def test_calls_are_made_in_order_by_one_thread_of_its_own(driver: Driver) -> None:
     driver.queue.record(EVENT, STREAM)
     driver.queue.hold_back(STREAM + 1, EVENT)
-    driver.queue.launch(KERNEL, 9, 384, 1000, STREAM + 1, [bytes(ctypes.c_int(-5)), b"value"])
     first = driver.queue.submit()
     driver.queue.record(EVENT + 1, STREAM + 1)
     second = driver.queue.submit()
@@ -181,7 +310,6 @@ def test_calls_are_made_in_order_by_one_thread_of_its_own(driver: Driver) -> Non
         ("set_context", CONTEXT),
         ("record", EVENT, STREAM),
         ("wait_event", STREAM + 1, EVENT, 0),
-        ("launch", [9, 1, 1], [384, 1, 1], 1000, STREAM + 1, KERNEL, -5, b"value", None),
         ("record", EVENT + 1, STREAM + 1),
     ]
     assert len(driver.threads) == 1 and threading.get_ident() not in driver.threads
@@ -199,19 +327,22 @@ def test_a_list_is_over_only_once_its_calls_were_made(driver: Driver) -> None:
 
 
 def test_behind_a_failure_only_events_are_made_and_the_next_list_is_whole(driver: Driver) -> None:
-    memory, one = np.zeros(64, dtype=np.uint8), np.full(3, 8, dtype=np.int64)
+    memory, one, sides = np.zeros(64, dtype=np.uint8), np.full(3, 8, dtype=np.int64), Sides()
     at = places(memory, [0, 8, 16])
     driver.fails = lambda name, call: 999 if (name, call) == ("copy_2d", 1) else 0
     for _ in range(2):
-        driver.queue.copy_strided(at, at + 32, np.ones(3, dtype=np.int64), 8, 8, STREAM)
-        driver.queue.record(EVENT, STREAM)
+        sides.move(driver, [0, 4, 0, 1, EVENT, 0, 4, EVENT] + [0, 4, 1, 2, EVENT, 0, 4, EVENT])
         driver.queue.copy_batch(at, at + 32, one, STREAM)
-        driver.queue.launch(KERNEL, 1, 1, 0, STREAM, [bytes(4), bytes(5)])
+        sides.move(driver, [0, 4, 0, 4, EVENT, 0, 0, 0])
         driver.queue.hold_back(STREAM, EVENT)
         driver.queue.submit()
     driver.queue.wait(2)
-    whole = ["copy_2d"] * 3 + ["record", "copy_batch", "launch", "wait_event"]
-    assert driver.names()[1:] == ["copy_2d", "copy_2d", "record", "wait_event", *whole]
+    events, step = (
+        ["record", "wait_event", "record"],
+        ["copy_2d", "copy_2d", "record", "wait_event", "launch", "record"],
+    )
+    failed = ["copy_2d", "copy_2d", *events, *events, "record", "wait_event"]
+    assert driver.names()[1:] == failed + [*step, *step, "copy_batch", "copy_batch", "record", "wait_event"]
     assert driver.queue.take_failure(2) is None
     assert driver.queue.take_failure(1) == ("cuMemcpy2DAsync_v2", 999)
     assert driver.queue.take_failure(1) is None

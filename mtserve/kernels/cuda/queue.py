@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
 from mtserve import _core
-from mtserve.kernels.cuda.driver import Addresses, CudaError, Event, Launch, address_of, batch_name, error_text
+from mtserve.kernels.cuda.driver import Addresses, CudaError, Event, address_of, batch_name, error_text
+
+PageLink: TypeAlias = _core._PageLink
+PageKernel: TypeAlias = _core._PageKernel
 
 
 class DriverQueue:
@@ -36,12 +44,6 @@ class DriverQueue:
         """
         self._queue.copy_batch(to, source, sizes, stream)
 
-    def copy_strided(
-        self, to: Addresses, source: Addresses, rows: Addresses, width: int, pitch: int, stream: int
-    ) -> None:
-        """Add many copies: rows[i] rows of `width` bytes, `pitch` bytes apart, from the address source[i] to to[i]."""
-        self._queue.copy_strided(to, source, rows, width, pitch, stream)
-
     def record(self, event: Event, stream: int) -> None:
         """Have `event` mark where the stream stands then."""
         self._queue.record(event.handle, stream)
@@ -50,9 +52,25 @@ class DriverQueue:
         """Have what is queued on `stream` from then on wait for what the event marks then."""
         self._queue.hold_back(stream, event.handle)
 
-    def launch(self, launch: Launch, grid: int, stream: int) -> None:
-        """Add a launch of `grid` blocks with the parameters' present values."""
-        self._queue.launch(launch.function, grid, launch.threads, launch.shared_bytes, stream, launch.values())
+    def move(
+        self,
+        link: PageLink,
+        to_pool: bool,
+        gpu_pages: npt.NDArray[np.int32],
+        host_pages: npt.NDArray[np.int32],
+        steps: list[int],
+        stream: int,
+        make_stream: int = 0,
+        kernel: PageKernel | None = None,
+    ) -> None:
+        """Add copies of pages between the two sides of `link`, whose twins lie at the same place of both arrays.
+
+        `steps`, eight numbers each: copy layers [first, last) of pages [begin, end) of the arrays, then have the event
+        `copied`, unless it is 0, mark where `stream` stands. Where the event `made` is not 0, `make_stream` waits for that
+        and runs `kernel` over the same layers of pages [make begin, make end), and `made` marks where it stands: begin, end,
+        first, last, copied, make begin, make end, made. Raises InvalidArgument for what there is not, and adds nothing then.
+        """
+        self._queue.move(link, to_pool, gpu_pages, host_pages, steps, stream, make_stream, kernel)
 
     def submit(self) -> int:
         """Hand the list over; its ticket. When a call fails, copies and launches behind it are left out."""

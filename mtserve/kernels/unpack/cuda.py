@@ -13,7 +13,7 @@ import torch
 from mtserve.errors import InvalidArgument
 from mtserve.kernels.cuda.build import build
 from mtserve.kernels.cuda.driver import Function, Module, tensor_map
-from mtserve.kernels.cuda.queue import DriverQueue
+from mtserve.kernels.cuda.queue import PageKernel
 from mtserve.kernels.host_format.shape import ALIGNMENT, FormatShape
 from mtserve.kernels.unpack.reference import FORMATS
 
@@ -66,11 +66,14 @@ class UnpackKernel:
         with torch.cuda.device(pool.device):
             if self._multiplies:
                 self._take_weights(shape, weights, biases, pool)
-            self._sms = torch.cuda.get_device_properties(pool.device).multi_processor_count
+            sms = torch.cuda.get_device_properties(pool.device).multi_processor_count
             function = _function(shape, pool.device.index)
         if self._multiplies:
+            self._tile_pages, self._column_tiles = TILE_PAGES, -(-2 * self._width // TILE_COLUMNS)
+            self._most_blocks = sms
             self._prepared = function.prepare(REBUILD_THREADS, self._map, self._params)
-        else:
+        else:  # a block for each page and side
+            self._tile_pages, self._column_tiles, self._most_blocks = 1, 2, 0
             self._prepared = function.prepare(UNPACK_THREADS, self._params)
 
     def _take_weights(
@@ -94,12 +97,18 @@ class UnpackKernel:
         self._params.bias = bias.data_ptr()
         self._map = tensor_map(stacked.data_ptr(), pool.dtype, (shape.layers * depth, 2 * self._width), BOX)
 
-    def run(
-        self, pages: npt.NDArray[np.int32], first: int, last: int, stream: int, queue: DriverQueue | None = None
-    ) -> None:
-        """Queue on the stream with handle `stream`: K and V of layers [first, last) of `pages`, int32 [n] on the CPU.
+    def for_queues(self) -> PageKernel:
+        """For a queue's thread to launch. The memory that it reads must stay as long as the queue may."""
+        fields = [getattr(Params, name).offset for name in ("first", "last", "count", "pages")]
+        launch = self._prepared
+        return PageKernel(
+            launch.function, launch.threads, launch.shared_bytes, launch.values(), paged=int(self._multiplies),
+            fields=fields, most_pages=MOST_PAGES, tile_pages=self._tile_pages, column_tiles=self._column_tiles,
+            most_blocks=self._most_blocks,
+        )  # fmt: skip
 
-        `queue`: whose thread is to launch it, in its turn; None: now.
+    def run(self, pages: npt.NDArray[np.int32], first: int, last: int, stream: int) -> None:
+        """Queue on the stream with handle `stream`: K and V of layers [first, last) of `pages`, int32 [n] on the CPU.
 
         All 64 tokens of a page are made. One launch for up to MOST_PAGES pages. The device of the pool is the current
         one; nothing is allocated there, awaited or read from it, and `pages` may change once this returns.
@@ -119,20 +128,14 @@ class UnpackKernel:
         self._params.first, self._params.last = first, last
         address = pages.ctypes.data
         for start in range(0, len(pages), MOST_PAGES):
-            self._launch(address + 4 * start, min(MOST_PAGES, len(pages) - start), last - first, stream, queue)
+            self._launch(address + 4 * start, min(MOST_PAGES, len(pages) - start), last - first, stream)
 
-    def _launch(self, pages: int, count: int, layers: int, stream: int, queue: DriverQueue | None) -> None:
+    def _launch(self, pages: int, count: int, layers: int, stream: int) -> None:
         """Of `count` ids at the address `pages`."""
         ctypes.memmove(self._to, pages, 4 * count)
         self._params.count = count
-        grid = 2 * layers * count
-        if self._multiplies:
-            tiles = layers * -(-count // TILE_PAGES) * -(-2 * self._width // TILE_COLUMNS)
-            grid = min(tiles, self._sms)
-        if queue is None:
-            self._prepared.run(grid, stream)
-        else:
-            queue.launch(self._prepared, grid, stream)
+        tiles = layers * -(-count // self._tile_pages) * self._column_tiles
+        self._prepared.run(min(tiles, self._most_blocks or tiles), stream)
 
 
 def _v_and_k(columns: torch.Tensor) -> torch.Tensor:
