@@ -277,6 +277,42 @@ class _BatchLayout:
 def _find_runs(left: npt.NDArray[np.int32], right: npt.NDArray[np.int32], boundary: int) -> bytes:
     """int64 [3, runs]: left firsts, right firsts, counts."""
 
+class _RestoreCosts:
+    """What restoring costs; see mtserve/restore/costs.py."""
+
+    def __init__(
+        self,
+        link: Sequence[tuple[int, float]],
+        load_s: float,
+        batch_s: float,
+        layer_s: float,
+        row_s: float,
+        pair_s: float,
+        unpack_s: float,
+        plan_row_s: float,
+    ) -> None: ...
+    def compute_s(self, rows: int, pairs: int) -> float: ...
+    def bytes_per_s(self, piece: int) -> float: ...
+
+def _restore_ends(
+    costs: _RestoreCosts,
+    layers: int,
+    page_tokens: int,
+    layer_bytes: int,
+    groups: Sequence[int],
+    run_pages: float,
+    grouped: float,
+    parts: int,
+    needs: list[int],
+    rows: int,
+    pairs: int,
+    link_busy_s: float,
+) -> list[float]:
+    """Seconds to the end of a batch's last layer if layers from k on are loaded, for k from 0 to `layers`.
+
+    `needs`: prefix, cached, host, candidates and frozen of each, as in mtserve.restore.choice.Need.
+    """
+
 class _PageLink:
     """Two pools of equal pages, at addresses: `layers` of `layer_bytes` each side by side.
 

@@ -10,6 +10,7 @@
 
 #include "../plan/bindings.h"
 #include "../simulate/bindings.h"
+#include "../restore/bindings.h"
 #include "../transfer/bindings.h"
 #include "allocator.h"
 #include "buffers.h"
@@ -305,4 +306,5 @@ NB_MODULE(_core, module) {
     bind_attention_work(module);
     bind_batch_layout(module);
     bind_transfer(module);
+    bind_restore(module);
 }

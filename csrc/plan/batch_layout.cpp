@@ -235,10 +235,8 @@ private:
     }
 
     int32_t gap_bucket(int64_t before, int64_t time) const {
-        const auto& thresholds = model_.gap_thresholds;
         // Unsigned: times far apart wrap as they do elsewhere, and break no rule of the language.
-        const int64_t gap = static_cast<int64_t>(static_cast<uint64_t>(time) - static_cast<uint64_t>(before));
-        return static_cast<int32_t>(std::upper_bound(thresholds.begin() + 1, thresholds.end(), gap) - thresholds.begin() - 1);
+        return model_.gaps.of(static_cast<int64_t>(static_cast<uint64_t>(time) - static_cast<uint64_t>(before)));
     }
 
     void write_candidates(const JobRows& job) {
@@ -360,8 +358,6 @@ BatchLayout::BatchLayout(LayoutModel model) : model_(std::move(model)) {
     positive(model_.page_tokens, "page_tokens");
     positive(model_.tile_tokens, "tile_tokens");
     positive(model_.rows_of_thread, "rows_of_thread");
-    if (model_.gap_thresholds.empty() || !std::is_sorted(model_.gap_thresholds.begin(), model_.gap_thresholds.end()))
-        throw invalid_argument("gap_thresholds", "needs at least one, ascending");
 }
 
 BatchCounts BatchLayout::plan(const BatchRequest& request, const BatchOut& out) const {

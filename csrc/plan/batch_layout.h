@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "gap_buckets.h"
+
 namespace mtserve {
 
 constexpr int32_t kTileWords = 4;          // kind, first token, tokens, 0
@@ -20,7 +22,7 @@ struct LayoutModel {
     int32_t tile_tokens;
     bool full_attention;  // U and S see all of U and S
     bool plain_norm;      // one group for all rows
-    std::vector<int64_t> gap_thresholds;  // ascending: the smallest gap of each bucket, ms
+    GapBuckets gaps;      // of gaps in ms
     int64_t rows_of_thread;  // a batch of so many rows more is laid out by one thread more, up to a few
 };
 

@@ -154,7 +154,7 @@ void make_layout(BatchLayout* layout, int32_t users, int64_t user_bytes, int64_t
     if (thresholds.rank() != 1 || !thresholds.holds(8, "lq")) throw invalid_argument("gap_thresholds", "needs an int64 array [buckets]");
     const int64_t* first = thresholds.data<int64_t>();
     new (layout) BatchLayout({users, user_bytes, behaviour_bytes, candidate_bytes, page_tokens, tile_tokens, full_attention,
-                              plain_norm, {first, first + thresholds.extent(0)}, rows_of_thread});
+                              plain_norm, GapBuckets({first, first + thresholds.extent(0)}), rows_of_thread});
 }
 
 }  // namespace

@@ -12,13 +12,12 @@ Unpacking takes the device's time as the layers do, so it does not matter that i
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from operator import itemgetter
+from itertools import chain, pairwise
 from typing import NamedTuple
 
+from mtserve import _core
 from mtserve.errors import InvalidArgument
 from mtserve.restore.costs import Costs
 
@@ -124,90 +123,19 @@ def choose(
     if way not in WAYS:
         raise InvalidArgument(f"{way!r} is not one of {', '.join(WAYS)}", field="restore")
     layers, added = layout.layers, offsets or {}
-    course = _Course(costs, layout, needs, others, link_busy_s)
-    found = {RECOMPUTE: (course.end_s(layers), layers)}
+    ends = _core._restore_ends(
+        costs.core, layers, layout.page_tokens, layout.layer_bytes, layout.groups, layout.run_pages, layout.grouped,
+        layout.parts, list(chain.from_iterable(needs)), *others, link_busy_s,
+    )  # fmt: skip
+    found = {RECOMPUTE: (ends[layers], layers)}
     if needs and (costs.link or way != AUTO):
-        # The last of equals loads least.
-        splits = [(course.end_s(layer), layer) for layer in reversed(layout.splits or ())]
-        if splits:
-            found[SPLIT] = min(splits, key=itemgetter(0))
-        found[LOAD] = (course.end_s(0), 0)
+        if layout.splits:  # the last of equals loads least
+            layer = min(reversed(layout.splits), key=ends.__getitem__)
+            found[SPLIT] = (ends[layer], layer)
+        found[LOAD] = (ends[0], 0)
     by_way = {name: end_s + added.get(name, 0.0) for name, (end_s, _) in found.items()}
     best = min(by_way, key=by_way.__getitem__) if way == AUTO else way if way in found else RECOMPUTE
     return Choice(found[best][1], by_way[best], best, by_way, added.get(best, 0.0))
-
-
-class _Course:
-    """How one batch would go."""
-
-    def __init__(self, costs: Costs, layout: Layout, needs: Sequence[Need], others: Work, link_busy_s: float) -> None:
-        absent_rows = absent_pairs = pages = 0
-        rows, pairs = others
-        for need in needs:
-            prefix, cached, host, candidates, frozen = need
-            assert 0 <= cached < host <= prefix and candidates >= 0 and frozen >= 0
-            absent_rows += host - cached
-            absent_pairs += _pairs(cached, host, frozen)
-            rows += prefix - host + candidates
-            pairs += _pairs(host, prefix, frozen) + candidates * (prefix + 1)
-            pages += layout.pages(need)
-        self._costs, self._layout = costs, layout
-        self._grouped_pages = pages * layout.grouped
-        self._bulk_pages = pages - self._grouped_pages
-        self._link_from = link_busy_s + costs.load_s
-        self._new_rows, self._all_rows = rows, rows + absent_rows
-        self._whole_s = costs.compute_s(rows + absent_rows, pairs + absent_pairs)
-        unpack_s = costs.unpack_s * layout.page_tokens
-        self._bulk_unpack_s = self._bulk_pages * unpack_s  # a layer
-        self._loaded_s = costs.compute_s(rows, pairs) + self._grouped_pages * unpack_s
-        self._piece_s: dict[int, float] = {}  # layers of a group -> seconds in which the link brings it
-        self._ends = (*layout.groups[1:], layout.layers)
-        # Of what comes after each group: seconds from the device's being done with it, and from the link's, to the end.
-        self._after = [(0.0, 0.0)] * len(self._ends)
-        for group in range(len(self._ends) - 1, 0, -1):
-            self._after[group - 1] = self._rest_s(group, self._ends[group] - layout.groups[group])
-
-    def end_s(self, first_layer: int) -> float:
-        """When the last layer is done, if layers from `first_layer` on are loaded."""
-        first_rows = self._all_rows if first_layer else self._new_rows
-        encoded = self._costs.batch_s + first_rows * self._costs.plan_row_s + first_layer * self._whole_s
-        if first_layer == self._layout.layers:
-            return encoded
-        group = bisect_right(self._layout.groups, first_layer) - 1
-        device_s, link_s = self._rest_s(group, self._ends[group] - first_layer)
-        bulk_s, unpack_s, parts = self._bulk_s(first_layer), self._unpack_s(first_layer), self._layout.parts
-        # Of the parts, that which decides is the first, behind which all is unpacked, or the last.
-        bulk_ends = bulk_s / parts + unpack_s, bulk_s + unpack_s / parts
-        begins = max(encoded + unpack_s, *(self._link_from + end for end in bulk_ends))
-        return max(begins + device_s, self._link_from + bulk_s + link_s)
-
-    def _bulk_s(self, first_layer: int) -> float:
-        """Seconds in which the link brings what comes before the groups."""
-        if not self._bulk_pages or not self._costs.link:
-            return 0.0
-        width = (self._layout.layers - first_layer) * self._layout.layer_bytes
-        return self._bulk_pages * width / self._costs.bytes_per_s(int(width * self._layout.run_pages))
-
-    def _unpack_s(self, first_layer: int) -> float:
-        return (self._layout.layers - first_layer) * self._bulk_unpack_s
-
-    def _rest_s(self, group: int, layers: int) -> tuple[float, float]:
-        """As `_after`, from before the last `layers` of `group` on. The later of the two ways decides the end."""
-        arrival_s, work_s = self._arrival_s(layers), layers * self._loaded_s
-        device_s, link_s = self._after[group]
-        return work_s + device_s, arrival_s + max(work_s + device_s, link_s)
-
-    def _arrival_s(self, layers: int) -> float:
-        if not self._costs.link:
-            return 0.0
-        known = self._piece_s.get(layers)
-        if known is None:
-            width = layers * self._layout.layer_bytes
-            # Behind whole pages come few, too few for runs.
-            run_pages = self._layout.run_pages if self._layout.grouped == 1 else 1.0
-            known = self._grouped_pages * width / self._costs.bytes_per_s(int(width * run_pages))
-            self._piece_s[layers] = known
-        return known
 
 
 def _pairs(first: int, last: int, frozen: int) -> int:

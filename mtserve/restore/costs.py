@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
+from mtserve import _core
 from mtserve.errors import InvalidArgument
 
 FREE_BYTES_PER_S = 1e18
@@ -45,22 +46,18 @@ class Costs:
 
     def compute_s(self, rows: int, pairs: int) -> float:
         """Seconds of one layer."""
-        return self.layer_s + rows * self.row_s + pairs * self.pair_s
+        return self.core.compute_s(rows, pairs)
 
     def bytes_per_s(self, piece: int) -> float:
         """Rate of pieces of so many bytes, 1 or more. Between the sizes measured it is interpolated over the logarithm
-        of the size; above them it stays, below them a piece takes as long as the smallest.
+        of the size; above them it stays, below them a piece takes as long as the smallest. InvalidArgument without a `link`.
         """
-        assert self.link, "nothing is known of the link"
-        at = bisect_right(self.link, (piece, math.inf))
-        if at == 0:
-            size, rate = self.link[0]
-            return rate * piece / size
-        if at == len(self.link):
-            return self.link[-1][1]
-        (low, low_rate), (high, high_rate) = self.link[at - 1 : at + 1]
-        share = math.log(piece / low) / math.log(high / low)
-        return low_rate + share * (high_rate - low_rate)
+        return self.core.bytes_per_s(piece)
+
+    @cached_property
+    def core(self) -> _core._RestoreCosts:
+        """The same for what is computed in C++."""
+        return _core._RestoreCosts(**{item.name: getattr(self, item.name) for item in fields(self)})
 
     def to_table(self) -> dict[str, Any]:
         """JSON-able; `from_table` reads it."""
