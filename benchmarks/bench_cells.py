@@ -26,13 +26,14 @@ from mtserve.cli.console import Phases
 from mtserve.config import EngineConfig
 from mtserve.model.presets import default_schema, preset
 from mtserve.trace.calibration import KUAIRAND
-from mtserve.trace.demand import demand_of
-from mtserve.trace.generator import GeneratorConfig, generate, outline
+from mtserve.trace.generator.config import GeneratorConfig
+from mtserve.trace.generator.synthesis import generate, outline
 from mtserve.trace.hits import asked_before
-from mtserve.trace.simulate_config import SimulateConfig
-from mtserve.trace.simulate_summary import summarise_cells, summarise_sizing
-from mtserve.trace.simulation import simulate
-from mtserve.trace.study import study
+from mtserve.trace.simulate.config import SimulateConfig
+from mtserve.trace.simulate.demand import demand_of
+from mtserve.trace.simulate.run import simulate
+from mtserve.trace.simulate.study import study
+from mtserve.trace.simulate.summary import summarise_cells, summarise_sizing
 
 MODEL = "hstu-1024"
 TRACE = GeneratorConfig(users=20_000, requests=400_000, candidates_mean=8.0, days=14)

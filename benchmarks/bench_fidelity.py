@@ -27,14 +27,15 @@ from mtserve.config import EngineConfig
 from mtserve.model.presets import default_schema, preset
 from mtserve.model.ranking import RankingModel
 from mtserve.model.weights import initialise
-from mtserve.trace.demand import demand_of
-from mtserve.trace.features import TraceRows
-from mtserve.trace.generator import GeneratorConfig, generate
+from mtserve.trace.generator.config import GeneratorConfig
+from mtserve.trace.generator.synthesis import generate
 from mtserve.trace.hits import hit_ratio
-from mtserve.trace.replay import replay
-from mtserve.trace.replay_config import ReplayConfig
+from mtserve.trace.replay.config import ReplayConfig
+from mtserve.trace.replay.features import TraceRows
+from mtserve.trace.replay.runs import replay
 from mtserve.trace.schema import Trace
-from mtserve.trace.simulation import SimulatedRun, simulate
+from mtserve.trace.simulate.demand import demand_of
+from mtserve.trace.simulate.run import SimulatedRun, simulate
 from mtserve.trace.working_set import working_set_pages
 
 TRACE = GeneratorConfig(users=300, requests=2000, history_median=120, history_max=400, candidates_mean=4, items=5000)

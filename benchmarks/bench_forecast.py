@@ -31,14 +31,15 @@ from mtserve.cli.console import Phases  # noqa: E402
 from mtserve.config import EngineConfig  # noqa: E402
 from mtserve.model.presets import default_schema, preset  # noqa: E402
 from mtserve.restore.gpus import gpu_figures  # noqa: E402
-from mtserve.trace.demand import demand_of  # noqa: E402
-from mtserve.trace.forecast import Asked, forecast  # noqa: E402
-from mtserve.trace.generator import GeneratorConfig, generate  # noqa: E402
-from mtserve.trace.machine import Machine  # noqa: E402
+from mtserve.trace.generator.config import GeneratorConfig  # noqa: E402
+from mtserve.trace.generator.synthesis import generate  # noqa: E402
 from mtserve.trace.schema import Trace  # noqa: E402
-from mtserve.trace.simulate_config import SimulateConfig  # noqa: E402
-from mtserve.trace.simulate_summary import summarise_cells  # noqa: E402
-from mtserve.trace.study import study  # noqa: E402
+from mtserve.trace.simulate.config import SimulateConfig  # noqa: E402
+from mtserve.trace.simulate.demand import demand_of  # noqa: E402
+from mtserve.trace.simulate.forecast import Asked, forecast  # noqa: E402
+from mtserve.trace.simulate.machine import Machine  # noqa: E402
+from mtserve.trace.simulate.study import study  # noqa: E402
+from mtserve.trace.simulate.summary import summarise_cells  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL, SEED = "hstu-512", 0

@@ -43,7 +43,7 @@ from mtserve.model.ranking import RankingModel  # noqa: E402
 from mtserve.model.reference import recompute  # noqa: E402
 from mtserve.model.weights import fingerprint  # noqa: E402
 from mtserve.provenance import stamp  # noqa: E402
-from mtserve.trace.agreement import FLOAT32_TOLERANCE, difference  # noqa: E402
+from mtserve.trace.replay.agreement import FLOAT32_TOLERANCE, difference  # noqa: E402
 
 NEW_BEHAVIOURS = 16
 HISTORIES = range(500, 2001)

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_replacement.py [--plot benchmarks/results/replacement.png]
 
-Users ask as those of the trace generator do; the tiers are simulated by the engine's own index (mtserve/trace/simulation.py),
+Users ask as those of the trace generator do; the tiers are simulated by the engine's own index (mtserve/trace/simulate/run.py),
 for `kuairand`, which cuts histories at 20,000. The GPU tier holds 5, 10, 25 or 50% of the working set, the sum of all
 users' last pages; there is no host tier. The hit ratio is by token: tokens found of all prefix tokens. Of the parameter
 sets, three are about all users (how long their pauses are, how their histories grow) and three about users who differ:
@@ -38,15 +38,16 @@ from mtserve._core import oracle_policy_names, policy_names  # noqa: E402
 from mtserve.config import EngineConfig  # noqa: E402
 from mtserve.model.presets import default_schema, preset  # noqa: E402
 from mtserve.provenance import stamp  # noqa: E402
-from mtserve.trace.bursts import BurstConfig  # noqa: E402
-from mtserve.trace.crowds import CrowdConfig  # noqa: E402
-from mtserve.trace.demand import Demand, demand_of  # noqa: E402
-from mtserve.trace.generator import GeneratorConfig, outline  # noqa: E402
+from mtserve.trace.generator.bursts import BurstConfig  # noqa: E402
+from mtserve.trace.generator.config import GeneratorConfig  # noqa: E402
+from mtserve.trace.generator.crowds import CrowdConfig  # noqa: E402
+from mtserve.trace.generator.newcomers import NewcomerConfig  # noqa: E402
+from mtserve.trace.generator.synthesis import outline  # noqa: E402
 from mtserve.trace.io import read_trace  # noqa: E402
-from mtserve.trace.newcomers import NewcomerConfig  # noqa: E402
-from mtserve.trace.optimum import optimum  # noqa: E402
 from mtserve.trace.schema import SmallInts  # noqa: E402
-from mtserve.trace.simulation import simulate  # noqa: E402
+from mtserve.trace.simulate.demand import Demand, demand_of  # noqa: E402
+from mtserve.trace.simulate.optimum import optimum  # noqa: E402
+from mtserve.trace.simulate.run import simulate  # noqa: E402
 
 PAGE_TOKENS = EngineConfig.page_tokens
 MODEL = "kuairand"

@@ -2,7 +2,7 @@
 
     plain     the share asked for scales capacities, ratios are of the sample's own tokens
     adjusted  SHARDS-adj (Waldspurger et al., FAST 2015): tokens that the sample lacks of its share count as found
-    ours      mtserve/trace/sampling.py: capacities by the share of pages, ratios by what could be found
+    ours      mtserve/trace/simulate/sampling.py: capacities by the share of pages, ratios by what could be found
 
 The error is the mean |sampled - exact| of the token hit ratio over 200 sizes of the tier, in points; of each case the
 mean and the largest over SEEDS samples. Before anything is reported, a sample of everybody has to give the exact curve.
@@ -22,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mtserve import provenance
 from mtserve.model.presets import preset
-from mtserve.trace.demand import Demand, demand_of
-from mtserve.trace.generator import GeneratorConfig, generate
-from mtserve.trace.miss_ratio import SMALLEST_SHARE, sampling_error
-from mtserve.trace.reuse import lru_hits
-from mtserve.trace.sampling import Sample, draw, everybody, most_pages
-from mtserve.trace.simulate_config import SimulateConfig
+from mtserve.trace.generator.config import GeneratorConfig
+from mtserve.trace.generator.synthesis import generate
+from mtserve.trace.simulate.config import SimulateConfig
+from mtserve.trace.simulate.demand import Demand, demand_of
+from mtserve.trace.simulate.miss_ratio import SMALLEST_SHARE, sampling_error
+from mtserve.trace.simulate.reuse import lru_hits
+from mtserve.trace.simulate.sampling import Sample, draw, everybody, most_pages
 
 PAGE_TOKENS = 64
 SEEDS = 20

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mtserve import provenance
 from mtserve._core import _Simulation, policy_names
 from mtserve.trace.csr import earlier_in_group
-from mtserve.trace.demand import Demand
-from mtserve.trace.simulation import BatchLimits
+from mtserve.trace.simulate.demand import Demand
+from mtserve.trace.simulate.run import BatchLimits
 
 PAGE_TOKENS = 32
 CLICKS = 3  # tokens that each request adds

@@ -27,9 +27,10 @@ sys.path.insert(0, str(ROOT))
 from mtserve.config import EngineConfig  # noqa: E402
 from mtserve.model.presets import build  # noqa: E402
 from mtserve.provenance import stamp  # noqa: E402
-from mtserve.trace.generator import GeneratorConfig, generate  # noqa: E402
-from mtserve.trace.replay import ReplayResult, replay  # noqa: E402
-from mtserve.trace.replay_config import ReplayConfig  # noqa: E402
+from mtserve.trace.generator.config import GeneratorConfig  # noqa: E402
+from mtserve.trace.generator.synthesis import generate  # noqa: E402
+from mtserve.trace.replay.config import ReplayConfig  # noqa: E402
+from mtserve.trace.replay.runs import ReplayResult, replay  # noqa: E402
 
 # Of any score. Roundings in bf16 make up to 0.017, states of another history several tenths.
 LARGEST_ERROR = {"kv": 0.05, "kv8": 0.05, "x8": 0.05, "x4": 0.16}

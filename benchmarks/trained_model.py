@@ -41,8 +41,9 @@ from mtserve.model.ranking import GROUP_C, GROUP_R, GROUP_S, GROUP_U, RankingMod
 from mtserve.model.schema import Feature, FeatureSchema  # noqa: E402
 from mtserve.model.tokeniser import KindTokens, TokenInputs, gap_buckets  # noqa: E402
 from mtserve.model.weights import initialise, load, save  # noqa: E402
-from mtserve.trace.features import TraceRows  # noqa: E402
-from mtserve.trace.generator import GeneratorConfig, generate  # noqa: E402
+from mtserve.trace.generator.config import GeneratorConfig  # noqa: E402
+from mtserve.trace.generator.synthesis import generate  # noqa: E402
+from mtserve.trace.replay.features import TraceRows  # noqa: E402
 from mtserve.types import History, Rows  # noqa: E402
 
 SEED = 20

@@ -174,10 +174,10 @@ def _optimum(
 ) -> None:
     """As `_replay_trace`, under the choice that finds the most pages of all, which may also keep nothing of a request."""
 
-_SimulatedTier = tuple[int, int, int, int, int]  # the fields of mtserve.trace.simulation.TierCounters
+_SimulatedTier = tuple[int, int, int, int, int]  # the fields of mtserve.trace.simulate.run.TierCounters
 
 class _Simulation:
-    """The tiers of an engine with counts for states; see mtserve/trace/simulation.py and csrc/simulate/simulation.h."""
+    """The tiers of an engine with counts for states; see mtserve/trace/simulate/run.py and csrc/simulate/simulation.h."""
 
     def __init__(
         self,

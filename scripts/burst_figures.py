@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mtserve.trace.burstiness import WINDOWS_S, burst_figures  # noqa: E402
-from mtserve.trace.bursts import BurstLoad, load_variance  # noqa: E402
+from mtserve.trace.generator.bursts import BurstLoad, load_variance  # noqa: E402
 
 SERVICES = {"conversation": "conv", "code": "code"}
 GRID = 13  # values of each parameter in a round

@@ -31,7 +31,7 @@ from mtserve.model.presets import default_schema, preset  # noqa: E402
 from mtserve.restore.choice import Need, user_work  # noqa: E402
 from mtserve.restore.fit import fit_nonnegative  # noqa: E402
 from mtserve.restore.gpus import GPUS, GpuFigures, product_flop  # noqa: E402
-from mtserve.trace.machine import Machine  # noqa: E402
+from mtserve.trace.simulate.machine import Machine  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 Floats = npt.NDArray[np.float64]

@@ -18,8 +18,8 @@ from mtserve.kernels.backend import load_kernels
 from mtserve.model.ranking import RankingModel
 from mtserve.model.reference import recompute
 from mtserve.model.weights import initialise
-from mtserve.trace.features import TraceRows
-from mtserve.trace.generator import generate
+from mtserve.trace.generator.synthesis import generate
+from mtserve.trace.replay.features import TraceRows
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -76,6 +76,31 @@ def test_modules_import_only_what_lies_below_them(path: Path) -> None:
             assert _may(module, imported), f"{module} imports {imported}"
 
 
+ROOMS = sorted(path.name for path in (PACKAGE / "trace").iterdir() if (path / "__init__.py").exists())
+
+
+def _room(module: str) -> str:
+    """The folder of `trace` that a module lies in; "" for what all of them share."""
+    parts = module.split(".")
+    return parts[2] if parts[:2] == ["mtserve", "trace"] and len(parts) > 2 and parts[2] in ROOMS else ""
+
+
+def _rooms_entered(path: Path) -> set[str]:
+    """Rooms other than its own that a module of `trace` imports from."""
+    return {room for room in map(_room, _imported(path)) if room} - {_room(_name(path))}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "trace").rglob("*.py")), ids=_name)
+def test_rooms_of_the_trace_import_what_they_share_and_not_each_other(path: Path) -> None:
+    assert not _rooms_entered(path), _name(path)
+
+
+def test_rooms_are_found() -> None:
+    assert {"generator", "importers", "replay", "simulate"} == set(ROOMS)
+    assert _room("mtserve.trace.simulate.demand") == "simulate" and _room("mtserve.trace.schema") == ""
+    assert _rooms_entered(PACKAGE / "cli" / "simulate.py") >= {"generator", "simulate"}
+
+
 @pytest.mark.parametrize("layer", ["cache", "history", "proto", "restore"])
 def test_layers_without_torch(layer: str) -> None:
     for path in (PACKAGE / layer).rglob("*.py"):

@@ -64,7 +64,7 @@ void run(Simulation& simulation, nb::handle t_s, nb::sequence columns, nb::handl
 
 nb::tuple tier(const TierStats& from) { return nb::make_tuple(from.total, from.used, from.users, from.evicted_pages, from.evicted_users); }
 
-// Tuples in the order of the named tuples that `mtserve.trace.simulation` makes of them.
+// Tuples in the order of the named tuples that `mtserve.trace.simulate.run` makes of them.
 nb::tuple stats(const Simulation& simulation) {
     const SimulationStats from = simulation.stats();
     return nb::make_tuple(tier(from.index.tier[kGpu]), tier(from.index.tier[kHost]), from.requests, from.batches, from.rebuilt, from.loads,

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from mtserve.cli.flags import add_fields, given
-from mtserve.trace.generator_config import PARTS, GeneratorConfig
+from mtserve.trace.generator.config import PARTS, GeneratorConfig
 
 if TYPE_CHECKING:
     import argparse

@@ -46,10 +46,11 @@ def run(words: list[str]) -> int:
     from mtserve.cli.console import Phases, make_console
     from mtserve.cli.replay_table import print_result
     from mtserve.trace.io import read_trace
-    from mtserve.trace.replay import replay
-    from mtserve.trace.replay_config import ReplayConfig
-    from mtserve.trace.report import require_matplotlib, write_report
-    from mtserve.trace.summary import summarise
+    from mtserve.trace.pyplot import require_matplotlib
+    from mtserve.trace.replay.config import ReplayConfig
+    from mtserve.trace.replay.report import write_report
+    from mtserve.trace.replay.runs import replay
+    from mtserve.trace.replay.summary import summarise
 
     check_writable(args.json, "json")
     if args.report:
@@ -74,7 +75,7 @@ def run(words: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from mtserve.trace.replay_config import ReplayConfig
+    from mtserve.trace.replay.config import ReplayConfig
 
     parser = make_parser("replay", DESCRIPTION, EPILOG, "TRACE")
     parser.add_argument("trace", metavar="TRACE", help="the trace file")

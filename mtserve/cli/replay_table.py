@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mtserve.trace.agreement import added_error, allowed_ratio
-from mtserve.trace.replay import ReplayResult
+from mtserve.trace.replay.agreement import added_error, allowed_ratio
+from mtserve.trace.replay.runs import ReplayResult
 from mtserve.units import format_bytes
 
 PHASES = {

@@ -56,11 +56,11 @@ def run(words: list[str]) -> int:
     args = _parser().parse_args(words)
     from mtserve.cli.console import Phases, make_console
     from mtserve.cli.simulate_table import print_study
-    from mtserve.trace.report import require_matplotlib
-    from mtserve.trace.simulate_config import SimulateConfig
-    from mtserve.trace.simulate_report import write_study
-    from mtserve.trace.simulate_summary import summarise_cells
-    from mtserve.trace.study import study
+    from mtserve.trace.pyplot import require_matplotlib
+    from mtserve.trace.simulate.config import SimulateConfig
+    from mtserve.trace.simulate.report import write_study
+    from mtserve.trace.simulate.study import study
+    from mtserve.trace.simulate.summary import summarise_cells
 
     _check_source(args)
     check_writable(args.json, "json")
@@ -84,7 +84,7 @@ def run(words: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from mtserve.cli.generator_flags import add_generator
-    from mtserve.trace.simulate_config import SimulateConfig
+    from mtserve.trace.simulate.config import SimulateConfig
 
     parser = make_parser("simulate", DESCRIPTION, EPILOG, "TRACE|--generate")
     parser.add_argument("trace", metavar="TRACE", nargs="?", help="the trace file")
@@ -113,7 +113,7 @@ def _check_source(args: argparse.Namespace) -> None:
 
 def _trace(args: argparse.Namespace, phases: Phases) -> Trace:
     from mtserve.cli.generator_flags import generator_config
-    from mtserve.trace.generator import generate
+    from mtserve.trace.generator.synthesis import generate
     from mtserve.trace.io import read_trace
 
     if args.generate:

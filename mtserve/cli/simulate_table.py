@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mtserve.trace.capacities import Capacity
-from mtserve.trace.cells import CellResult
-from mtserve.trace.miss_ratio import TARGETS
-from mtserve.trace.study import Sizing, Study
+from mtserve.trace.simulate.capacities import Capacity
+from mtserve.trace.simulate.cells import CellResult
+from mtserve.trace.simulate.miss_ratio import TARGETS
+from mtserve.trace.simulate.study import Sizing, Study
 from mtserve.units import format_bytes
 
 HITS_NOTE = "requests by their slowest tier; optimum: the most that one tier of both sizes could find"

@@ -10,7 +10,7 @@ from mtserve.cli.console import Phases
 from mtserve.cli.flags import add_fields, build, check_writable, make_parser
 from mtserve.cli.generator_flags import add_generator, generator_config
 from mtserve.config import read_toml
-from mtserve.trace.generator import generate
+from mtserve.trace.generator.synthesis import generate
 from mtserve.trace.importers import IMPORTERS, import_trace
 from mtserve.trace.importers.config import ImportConfig
 from mtserve.trace.info import info, info_text
@@ -121,7 +121,7 @@ def _info(words: list[str]) -> int:
     if args.report:
         # Drawing brings torch along, which no other verb here needs.
         from mtserve.trace.marginals_plot import write_marginals
-        from mtserve.trace.report import require_matplotlib
+        from mtserve.trace.pyplot import require_matplotlib
 
         require_matplotlib()
     with Phases() as phases:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Floats: TypeAlias = npt.NDArray[np.float64]
-Ints: TypeAlias = npt.NDArray[np.int64]
+from mtserve.trace.calendar import HOUR_S
+from mtserve.trace.schema import Floats, Ints
 
 WINDOWS_S = (1, 10, 60, 300)
-HOUR_S = 3600.0
 
 
 def burst_figures(times_s: Floats, block_s: float = HOUR_S) -> dict[str, Any]:

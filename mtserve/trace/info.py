@@ -7,15 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtserve.trace.attendance import DAY_MS, is_weekend
 from mtserve.trace.burstiness import burst_figures
+from mtserve.trace.calendar import DAY_MS, HOUR_MS, is_weekend
 from mtserve.trace.calibration import AZURE, EBNERD, GAP_EDGES_S, GAP_LABELS, KUAIRAND
 from mtserve.trace.csr import rank_in_group
 from mtserve.trace.marginals import marginals, marginals_text
 from mtserve.trace.reshape import SESSION_GAP_MS, sessions_by_gap
 from mtserve.trace.schema import Ints, Trace
-
-HOUR_MS = 3_600_000
 
 
 def info(trace: Trace) -> dict[str, Any]:

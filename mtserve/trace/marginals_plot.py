@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mtserve.errors import InvalidArgument
 from mtserve.trace.burstiness import WINDOWS_S
+from mtserve.trace.calendar import HOUR_MS
 from mtserve.trace.calibration import (
     ACTIVITY_SIGMA,
     EBNERD,
@@ -20,9 +21,8 @@ from mtserve.trace.calibration import (
     KUAIRAND,
     Z,
 )
-from mtserve.trace.info import HOUR_MS
 from mtserve.trace.marginals import AZURE_NAMES, EBNERD_NAME, KUAIRAND_NAME
-from mtserve.trace.report import BASELINE, GPU, HOST, INK, STYLE, require_matplotlib
+from mtserve.trace.pyplot import BASELINE, GPU, HOST, INK, STYLE, require_matplotlib
 from mtserve.trace.schema import Trace
 
 HERE, PUBLISHED, OTHER = GPU, HOST, "#5aa38c"

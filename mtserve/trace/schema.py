@@ -20,6 +20,7 @@ from mtserve.types import MAX_USER_ID_BYTES
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 SmallInts: TypeAlias = npt.NDArray[np.int32]
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (done, total) while something long runs."""

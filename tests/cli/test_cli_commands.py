@@ -19,11 +19,11 @@ from mtserve.config import Config, EngineConfig, HistoryConfig, ServerConfig
 from mtserve.history.open import open_history
 from mtserve.model.presets import build, default_schema
 from mtserve.model.weights import fingerprint, save
-from mtserve.trace.generator_config import PARTS, GeneratorConfig
+from mtserve.trace.generator.config import PARTS, GeneratorConfig
 from mtserve.trace.importers.config import ImportConfig
 from mtserve.trace.io import read_trace
-from mtserve.trace.replay_config import ReplayConfig
-from mtserve.trace.simulate_config import SimulateConfig
+from mtserve.trace.replay.config import ReplayConfig
+from mtserve.trace.simulate.config import SimulateConfig
 
 Capture = pytest.CaptureFixture[str]
 

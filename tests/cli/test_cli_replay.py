@@ -11,9 +11,10 @@ from mtserve.cli import main
 from mtserve.engine.runner import Runner
 from mtserve.model.presets import build
 from mtserve.model.weights import save
-from mtserve.trace import agreement
-from mtserve.trace.generator import GeneratorConfig, generate
+from mtserve.trace.generator.config import GeneratorConfig
+from mtserve.trace.generator.synthesis import generate
 from mtserve.trace.io import write_trace
+from mtserve.trace.replay import agreement
 
 ENGINE = ["--device", "cpu", "--page-tokens", "16", "--gpu-cache", "40%ws", "--host-cache", "100%ws"]
 

@@ -13,9 +13,10 @@ from mtserve.cli import main
 from mtserve.model.presets import preset
 from mtserve.restore.cache import CostCache, CostKey
 from mtserve.restore.costs import Costs
-from mtserve.trace.demand import Demand, demand_of
-from mtserve.trace.generator import GeneratorConfig, generate
+from mtserve.trace.generator.config import GeneratorConfig
+from mtserve.trace.generator.synthesis import generate
 from mtserve.trace.io import read_trace, write_trace
+from mtserve.trace.simulate.demand import Demand, demand_of
 
 Capture = pytest.CaptureFixture[str]
 ONLINE = ("lru", "s3fifo", "sieve", "wtinylfu", "arc", "gdsf", "locality")

@@ -12,8 +12,9 @@ import numpy as np
 
 from mtserve.model.presets import build
 from mtserve.model.ranking import RankingModel
-from mtserve.trace.features import TraceRows
-from mtserve.trace.generator import GeneratorConfig, generate
+from mtserve.trace.generator.config import GeneratorConfig
+from mtserve.trace.generator.synthesis import generate
+from mtserve.trace.replay.features import TraceRows
 from mtserve.trace.schema import Trace
 from mtserve.types import Request, Rows, ScoreResult
 

@@ -11,7 +11,8 @@ import pytest
 from trace_samples import sample_trace, shared_data
 
 from mtserve.errors import FailedPrecondition, InvalidArgument, NotFound
-from mtserve.trace.generator import GeneratorConfig, generate
+from mtserve.trace.generator.config import GeneratorConfig
+from mtserve.trace.generator.synthesis import generate
 from mtserve.trace.io import SUFFIXES, read_trace, write_trace
 from mtserve.trace.schema import Trace, TraceLimits
 

@@ -11,11 +11,11 @@ from trace_samples import sample_trace
 
 from mtserve.cli import main
 from mtserve.errors import InvalidArgument
-from mtserve.trace.bursts import BurstConfig
 from mtserve.trace.calibration import AZURE, KUAIRAND
-from mtserve.trace.clock import WeekConfig
-from mtserve.trace.generator import generate
-from mtserve.trace.generator_config import GeneratorConfig
+from mtserve.trace.generator.bursts import BurstConfig
+from mtserve.trace.generator.clock import WeekConfig
+from mtserve.trace.generator.config import GeneratorConfig
+from mtserve.trace.generator.synthesis import generate
 from mtserve.trace.info import info, info_text
 from mtserve.trace.io import write_trace
 from mtserve.trace.marginals import Marginal, marginals, marginals_text

@@ -8,7 +8,8 @@ from trace_samples import sample_trace, small, wide
 
 from mtserve.errors import InvalidArgument
 from mtserve.trace.csr import cuts, gather, rank_in_group
-from mtserve.trace.generator import GeneratorConfig, generate
+from mtserve.trace.generator.config import GeneratorConfig
+from mtserve.trace.generator.synthesis import generate
 from mtserve.trace.reshape import fold_history, sessions_by_gap
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mtserve.errors import InvalidArgument, NotFound
-from mtserve.trace.assemble import Draft, assemble
 from mtserve.trace.importers import ebnerd, kuairand, mind, movielens
+from mtserve.trace.importers.assemble import Draft, assemble
 from mtserve.trace.importers.config import ImportConfig
 from mtserve.trace.reshape import fold_history
 from mtserve.trace.schema import Progress, Trace, TraceLimits, TraceMeta

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from mtserve.errors import InvalidArgument
 from mtserve.trace.arrow import open_parquet, pyarrow
-from mtserve.trace.assemble import Draft, number_users
 from mtserve.trace.csr import gather, offsets_of
+from mtserve.trace.importers.assemble import Draft, number_users
 from mtserve.trace.importers.config import ImportConfig, keeps
 from mtserve.trace.schema import Ints, Progress, TraceLimits
 

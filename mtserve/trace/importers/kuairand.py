@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mtserve.trace.assemble import Draft, number_users
 from mtserve.trace.csr import rank_in_group
+from mtserve.trace.importers.assemble import Draft, number_users
 from mtserve.trace.importers.config import ImportConfig, keeps
 from mtserve.trace.schema import Ints, Progress, TraceLimits
 from mtserve.trace.text import Columns, csv_columns

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mtserve.errors import InvalidArgument
-from mtserve.trace.assemble import Draft
+from mtserve.trace.importers.assemble import Draft
 from mtserve.trace.importers.config import ImportConfig, keeps
 from mtserve.trace.schema import Ints, Progress, TraceLimits
 from mtserve.trace.text import lines

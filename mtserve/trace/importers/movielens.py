@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mtserve.errors import InvalidArgument
-from mtserve.trace.assemble import Draft, number_users
+from mtserve.trace.importers.assemble import Draft, number_users
 from mtserve.trace.importers.config import ImportConfig, keeps
 from mtserve.trace.schema import Ints, Progress, TraceLimits
 from mtserve.trace.text import csv_columns
