@@ -2,7 +2,8 @@
 
     python scripts/gpu_figures.py
 
-Least squares of the relative errors: a layer's three rates over all cases of forward.json; what a batch takes beside its
+Least squares of the relative errors: a layer's three rates over all cases of forward.json; how much longer attention is
+over pages of a byte a value, over the layers of gpu_format.json; what a batch takes beside its
 layers over the encoded batches of restore.json; link and unpacking over its loaded and split ones.
 """
 
@@ -23,7 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from bench_forward import cases  # noqa: E402
+from bench_forward import Case, cases  # noqa: E402
+from bench_gpu_format import CASES as FP8_CASES  # noqa: E402
 
 from mtserve.config import EngineConfig, ModelConfig  # noqa: E402
 from mtserve.model.cut import cut_history  # noqa: E402
@@ -54,13 +56,28 @@ def fit_layers() -> tuple[Floats, Floats]:
     measured = {row["case"]: row["ms"] / 1e3 for row in json.loads((RESULTS / "forward.json").read_text())["results"]}
     terms, values = [], []
     for case in cases():
-        model = preset(case.model)
-        frozen = case.static if model.static_attention == "full" else 0
-        work = user_work(case.cached, case.history + case.new, case.candidates, frozen)
-        terms.append(_layer_terms(model, case.users * work.rows, case.users * work.pairs))
-        values.append(measured[case.name] / model.layers)
+        terms.append(_case_terms(case))
+        values.append(measured[case.name] / preset(case.model).layers)
     found = relative_fit(np.array(terms), np.array(values))
     return found, np.array(terms) @ found / np.array(values) - 1
+
+
+def fit_fp8(layers: Floats) -> tuple[float, Floats]:
+    """(how many times as long attention over pages of a byte a value takes, relative error of each case's layers)."""
+    result = json.loads((RESULTS / "gpu_format.json").read_text())["layers"]
+    measured = {row["case"]: row["fp8"]["ms"] / 1e3 for row in result}
+    terms = np.array([_case_terms(case) for case in FP8_CASES])
+    values = np.array([measured[case.name] / preset(case.model).layers for case in FP8_CASES])
+    others, attention = terms[:, :2] @ layers[:2], terms[:, 2:] * layers[2]
+    found = relative_fit(attention, values, others)
+    return float(found[0]), (others + attention @ found) / values - 1
+
+
+def _case_terms(case: Case) -> tuple[float, float, float]:
+    model = preset(case.model)
+    frozen = case.static if model.static_attention == "full" else 0
+    work = user_work(case.cached, case.history + case.new, case.candidates, frozen)
+    return _layer_terms(model, case.users * work.rows, case.users * work.pairs)
 
 
 def _layer_terms(model: ModelConfig, rows: int, pairs: int) -> tuple[float, float, float]:
@@ -104,26 +121,27 @@ def errors(figures: GpuFigures, ways: tuple[str, ...]) -> Floats:
     return np.array(found)
 
 
-def fit() -> tuple[GpuFigures, Floats]:
-    """(the H200's figures, the layers' relative errors)."""
+def fit() -> tuple[GpuFigures, Floats, Floats]:
+    """(the H200's figures, the layers' relative errors, those of layers over pages of a byte a value)."""
     layers, off = fit_layers()
+    fp8_attention, fp8_off = fit_fp8(layers)
     rest = fit_batches(layers)
     base = replace(
-        GPUS["h200"], layer_s=layers[0], product_s=layers[1], attention_s=layers[2],
+        GPUS["h200"], layer_s=layers[0], product_s=layers[1], attention_s=layers[2], fp8_attention=fp8_attention,
         batch_s=rest[0], request_s=rest[1], plan_row_s=rest[2],
     )  # fmt: skip
     candidates = [
         replace(base, link_bytes_per_s=rate, load_s=load_s, unpack_s=unpack_s)
         for rate, load_s, unpack_s in product(LINK_BYTES_PER_S, LOAD_S, UNPACK_S)
     ]
-    return min(candidates, key=lambda each: float(np.square(errors(each, ("load", "split"))).mean())), off
+    return min(candidates, key=lambda each: float(np.square(errors(each, ("load", "split"))).mean())), off, fp8_off
 
 
 def main() -> None:
-    figures, off = fit()
+    figures, off, fp8_off = fit()
     for name, value in vars(figures).items():
         print(f"{name}: {value if isinstance(value, str) else format(value, '.3g')}")
-    told = {"layers of a batch": off, **{way: errors(figures, (way,)) for way in WAYS}}
+    told = {"layers of a batch": off, "layers over fp8 pages": fp8_off} | {way: errors(figures, (way,)) for way in WAYS}
     for name, found in told.items():
         print(f"{name}: off by {100 * np.abs(found).mean():.1f}% in the mean, {100 * np.abs(found).max():.0f}% at most")
 

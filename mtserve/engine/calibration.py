@@ -121,10 +121,15 @@ def cost_key(
         kernels=f"{kernels}, graphs {config.graphs}, deterministic {config.deterministic}",
         layers=shape.layers, d=shape.d, heads=shape.heads, head_dim=shape.head_dim,
         dtype=str(model.dtype).removeprefix("torch."), page_tokens=config.page_tokens,
-        format=config.host_format if config.gpu_format == "native" else f"{config.host_format} of {config.gpu_format}",
+        format=states_format(config),
         batches=" ".join(map(str, (tuple(each) for each in batch_shapes(builder, config, len(mover.pool), model.device)))),
         link_bytes=_link_bytes(mover, host_pages),
     )  # fmt: skip
+
+
+def states_format(config: EngineConfig) -> str:
+    """What the tiers keep of a page, as keys of costs name it."""
+    return config.host_format if config.gpu_format == "native" else f"{config.host_format} of {config.gpu_format}"
 
 
 def batch_shapes(

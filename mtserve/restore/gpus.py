@@ -19,7 +19,7 @@ class GpuFigures:
     """Rates of one GPU and its host, for states of 16 bits and the kernels that are fastest there.
 
     A layer takes `layer_s`, beside that `product_s` for each FLOP of its two products and `attention_s` for each of its
-    attention. A batch takes `batch_s` and, of the loop, `request_s` a request and `plan_row_s` a row. Loads take
+    attention, over pages of a byte a value `fp8_attention` times as long. A batch takes `batch_s` and, of the loop, `request_s` a request and `plan_row_s` a row. Loads take
     `load_s` and their bytes over `link_bytes_per_s`; what comes packed, `unpack_s` more for each value of K and V.
     `error`: mean |predicted - measured| / measured of the restored batches that the benchmark let the engine decide.
     """
@@ -30,6 +30,7 @@ class GpuFigures:
     layer_s: float
     product_s: float
     attention_s: float
+    fp8_attention: float
     batch_s: float
     request_s: float
     plan_row_s: float
@@ -38,8 +39,11 @@ class GpuFigures:
     unpack_s: float
     error: float
 
-    def costs(self, model: ModelConfig, *, packed: bool) -> Costs:
-        """Of batches of `model`. `packed`: the host keeps something smaller than the states, which is unpacked."""
+    def costs(self, model: ModelConfig, *, packed: bool, fp8: bool = False) -> Costs:
+        """Of batches of `model`. `packed`: the host keeps something smaller than the states, which is unpacked.
+
+        `fp8`: pages are of a byte a value.
+        """
         width = model.heads * model.head_dim
         return Costs(
             link=((1, self.link_bytes_per_s), (2, self.link_bytes_per_s)),
@@ -47,7 +51,7 @@ class GpuFigures:
             batch_s=self.batch_s,
             layer_s=self.layer_s,
             row_s=product_flop(model) * self.product_s,
-            pair_s=4 * width * self.attention_s,
+            pair_s=4 * width * self.attention_s * (self.fp8_attention if fp8 else 1.0),
             unpack_s=2 * width * self.unpack_s if packed else 0.0,
             plan_row_s=self.plan_row_s,
         )
@@ -61,9 +65,9 @@ def product_flop(model: ModelConfig) -> int:
 GPUS = {
     "h200": GpuFigures(
         name="NVIDIA H200",
-        source="benchmarks/results/forward.json and restore.json: bfloat16, PCIe 5 x16, 16 cores",
+        source="benchmarks/results/forward.json, restore.json and gpu_format.json: bfloat16, PCIe 5 x16, 16 cores",
         date="2026-11-22",
-        layer_s=2.3e-05, product_s=2.3e-15, attention_s=1.59e-15,
+        layer_s=2.3e-05, product_s=2.3e-15, attention_s=1.59e-15, fp8_attention=1.38,
         batch_s=4.61e-04, request_s=3.96e-05, plan_row_s=3.7e-08,
         link_bytes_per_s=48e9, load_s=6e-4, unpack_s=3e-12, error=0.088,
     ),

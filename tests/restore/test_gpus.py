@@ -29,6 +29,9 @@ def test_the_layers_rates_are_those_that_the_benchmarks_give(script: ModuleType)
     known = GPUS["h200"]
     assert (known.layer_s, known.product_s, known.attention_s) == pytest.approx(tuple(found), rel=5e-3)
     assert np.abs(off).mean() < 0.08 and np.abs(off).max() < 0.2
+    longer, fp8_off = script.fit_fp8(found)
+    assert known.fp8_attention == pytest.approx(longer, rel=5e-3)
+    assert np.abs(fp8_off).mean() < 0.08 and np.abs(fp8_off).max() < 0.25
     rest = script.fit_batches(found)
     assert (known.batch_s, known.request_s, known.plan_row_s) == pytest.approx(tuple(rest), rel=5e-3)
 
@@ -55,6 +58,8 @@ def test_costs_follow_from_rates_and_the_models_shape() -> None:
     plain, packed = (figures.costs(model, packed=packed) for packed in (False, True))
     assert plain.unpack_s == 0 and packed.unpack_s == 2 * 512 * figures.unpack_s
     assert plain.bytes_per_s(100) == plain.bytes_per_s(10**9) == figures.link_bytes_per_s
+    fp8 = figures.costs(model, packed=False, fp8=True)
+    assert fp8.pair_s == figures.fp8_attention * plain.pair_s > plain.pair_s and fp8.row_s == plain.row_s
     larger = figures.costs(preset("hstu-1024"), packed=False)
     assert larger.row_s == pytest.approx(4 * plain.row_s) and larger.pair_s == pytest.approx(2 * plain.pair_s)
     for shape in PRESETS.values():

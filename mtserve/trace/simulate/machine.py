@@ -39,7 +39,7 @@ class Machine:
         link_page_bytes = link_shape(states, packed).bytes
         if isinstance(figures, Costs):
             return cls(figures, 0.0, model.layers, engine.page_tokens, link_page_bytes, engine.restore)
-        costs = figures.costs(model, packed=packed is not None)
+        costs = figures.costs(model, packed=packed is not None, fp8=engine.gpu_format == "fp8")
         return cls(costs, figures.request_s, model.layers, engine.page_tokens, link_page_bytes, engine.restore)
 
     def batch_s(self, needs: Sequence[Need], others: Sequence[Work], way: str | None = None) -> float:
