@@ -67,7 +67,7 @@ def measure(policy: str, requests: int, users: int, skew: float, seed: int) -> d
     before = resident_bytes()
     start, start_cpu = time.perf_counter(), time.process_time()
     gpu_pages, host_pages = int(pages * GPU_SHARE), int(pages * HOST_SHARE)
-    simulation = _Simulation(PAGE_TOKENS, gpu_pages, host_pages, policy, *BatchLimits(), users, None, None)
+    simulation = _Simulation(PAGE_TOKENS, gpu_pages, host_pages, policy, *BatchLimits(), 0.1, users, None, None)
     for first in range(0, requests, BLOCK):
         part = slice(first, first + BLOCK)
         simulation.run(demand.t_s[part], demand.counts(part), gpu[part], host[part], None)

@@ -174,7 +174,7 @@ def _optimum(
 ) -> None:
     """As `_replay_trace`, under the choice that finds the most pages of all, which may also keep nothing of a request."""
 
-_SimulatedTier = tuple[int, int, int, int, int]  # the fields of mtserve.trace.simulate.run.TierCounters
+_SimulatedTier = tuple[int, int, int, int, int, int, int]  # the fields of mtserve.trace.simulate.run.TierCounters
 
 class _Simulation:
     """The tiers of an engine with counts for states; see mtserve/trace/simulate/run.py and csrc/simulate/simulation.h."""
@@ -188,11 +188,15 @@ class _Simulation:
         batch_tokens: int,
         cold_batch_tokens: int,
         cold_after: int,
+        pin_budget: float,
         users: int,
         keys: npt.NDArray[np.uint64] | None,
         habits: _TraceOracle | None,
     ) -> None:
         """`habits`: for the policies of `oracle_policy_names`, of users by number; `keys` are None then."""
+
+    def pin(self, users: npt.NDArray[np.int32]) -> int:
+        """Keep the states of these users, [n], before others'; returns how many were not pinned. As `TieredIndex.pin`."""
 
     def run(
         self,

@@ -34,6 +34,12 @@ std::vector<uint64_t> keys_of(nb::handle keys) {
     return std::vector<uint64_t>(buffer.data<uint64_t>(), buffer.data<uint64_t>() + buffer.extent(0));
 }
 
+int64_t pin(Simulation& simulation, nb::handle users) {
+    const Buffer buffer(users, "users", PyBUF_FORMAT);
+    const int32_t* numbers = column<int32_t>(buffer, "users", buffer.rank() == 1 ? buffer.extent(0) : 0);
+    return simulation.pin(std::vector<int32_t>(numbers, numbers + buffer.extent(0)));
+}
+
 // Names, in order, of the columns that are not times.
 constexpr const char* kCounts[] = {"users",  "candidates",   "tokens",            "generations",
                                    "frozen", "tokens_after", "generations_after", "frozen_after"};
@@ -62,7 +68,10 @@ void run(Simulation& simulation, nb::handle t_s, nb::sequence columns, nb::handl
     simulation.run(requests, gpu_out, host_out);
 }
 
-nb::tuple tier(const TierStats& from) { return nb::make_tuple(from.total, from.used, from.users, from.evicted_pages, from.evicted_users); }
+nb::tuple tier(const TierStats& from) {
+    return nb::make_tuple(from.total, from.used, from.users, from.evicted_pages, from.evicted_users,
+                          from.pinned_users, from.pinned_pages);
+}
 
 // Tuples in the order of the named tuples that `mtserve.trace.simulate.run` makes of them.
 nb::tuple stats(const Simulation& simulation) {
@@ -77,13 +86,14 @@ void bind_simulation(nb::module_& module) {
     nb::class_<Simulation>(module, "_Simulation")
         .def("__init__",
              [](Simulation* simulation, int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy,
-                int64_t batch_tokens, int64_t cold_batch_tokens, int64_t cold_after, int64_t users, nb::object keys,
-                const TraceOracle* habits) {
+                int64_t batch_tokens, int64_t cold_batch_tokens, int64_t cold_after, double pin_budget, int64_t users,
+                nb::object keys, const TraceOracle* habits) {
                  const BatchLimits limits{batch_tokens, cold_batch_tokens, cold_after};
-                 new (simulation) Simulation(page_tokens, gpu_pages, host_pages, policy, limits, users, keys_of(keys), habits);
+                 new (simulation) Simulation(page_tokens, gpu_pages, host_pages, policy, limits, pin_budget, users, keys_of(keys), habits);
              },
              "page_tokens"_a, "gpu_pages"_a, "host_pages"_a, "policy"_a, "batch_tokens"_a, "cold_batch_tokens"_a,
-             "cold_after"_a, "users"_a, "keys"_a.none(), "habits"_a.none(), nb::keep_alive<1, 11>())
+             "cold_after"_a, "pin_budget"_a, "users"_a, "keys"_a.none(), "habits"_a.none(), nb::keep_alive<1, 12>())
+        .def("pin", &pin, "users"_a)
         .def("run", &run, "t_s"_a, "columns"_a, "gpu_tokens"_a, "host_tokens"_a, "next_s"_a.none())
         .def("stats", &stats)
         .def("check", &Simulation::check);

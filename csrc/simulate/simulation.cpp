@@ -30,8 +30,8 @@ NumberedUsers<CountedIndex::Entry> numbered(int64_t users, std::vector<uint64_t>
     return NumberedUsers<CountedIndex::Entry>(static_cast<int32_t>(users), std::move(keys));
 }
 
-CountedIndex::TierParts tier(int64_t pages, const std::string& policy, const Oracle* oracle) {
-    return {PageCounter(pages), make_policy(policy, pages, oracle)};
+CountedIndex::TierParts tier(int64_t pages, const std::string& policy, double pin_budget, const Oracle* oracle) {
+    return {PageCounter(pages), make_policy(policy, pages, oracle), pin_budget};
 }
 
 BatchLimits checked(const BatchLimits& limits) {
@@ -49,9 +49,9 @@ void refuse(const char* field, int64_t row, const std::string& why) {
 }  // namespace
 
 Simulation::Simulation(int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy,
-                       const BatchLimits& limits, int64_t users, std::vector<uint64_t> keys, const Oracle* habits)
+                       const BatchLimits& limits, double pin_budget, int64_t users, std::vector<uint64_t> keys, const Oracle* habits)
     : oracle_(habits ? std::make_unique<DemandOracle>(*habits, checked_users(users)) : nullptr),
-      index_(page_tokens, tier(gpu_pages, policy, oracle_.get()), tier(host_pages, policy, oracle_.get()),
+      index_(page_tokens, tier(gpu_pages, policy, pin_budget, oracle_.get()), tier(host_pages, policy, pin_budget, oracle_.get()),
              numbered(checked_users(users), std::move(keys), habits != nullptr)),
       limits_(checked(limits)),
       users_(users),

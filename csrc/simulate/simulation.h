@@ -49,9 +49,13 @@ struct SimulationStats {
 class Simulation {
 public:
     // `keys`: by which the policies know each user, 0 or one a user; those of an engine are hashes of the user ids.
+    // `pin_budget`: share of each tier's pages that pinned users may keep from others.
     // `habits`: where the policy needs to know what comes, how users, by their numbers, come back; outlives this.
     Simulation(int64_t page_tokens, int64_t gpu_pages, int64_t host_pages, const std::string& policy, const BatchLimits& limits,
-               int64_t users, std::vector<uint64_t> keys, const Oracle* habits);
+               double pin_budget, int64_t users, std::vector<uint64_t> keys, const Oracle* habits);
+
+    // Keeps these users' states before others' from now on, as BasicIndex::pin_users; returns how many were not pinned.
+    int64_t pin(const std::vector<int32_t>& users) { return index_.pin_users(users); }
 
     // Goes on with these requests: prefix tokens that each tier had of each, to gpu_tokens and host_tokens [size].
     void run(const RequestColumns& requests, int32_t* gpu_tokens, int32_t* host_tokens);

@@ -10,13 +10,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mtserve.config import EngineConfig
 from mtserve.trace.simulate.capacities import Capacity
 from mtserve.trace.simulate.cells import CellResult
 from mtserve.trace.simulate.miss_ratio import TARGETS
-from mtserve.trace.simulate.study import Sizing, Study
+from mtserve.trace.simulate.study import Pinned, Sizing, Study
 from mtserve.units import format_bytes
 
 HITS_NOTE = "requests by their slowest tier; optimum: the most that one tier of both sizes could find"
+PINS_NOTE = "kept: states of pinned users that the budget covers at the end"
 FORECAST_NOTE = """\
 users: prefixes that the GPU tier holds; with as many requests in flight less is found than here: replay it
 requests/s: never idle, batch after batch; ms: one request on an idle machine"""
@@ -31,6 +33,10 @@ def print_study(console: Console, study: Study) -> None:
     console.print()
     console.print(_hits(study))
     console.print(HITS_NOTE, soft_wrap=True)
+    if study.pinned is not None:
+        console.print()
+        console.print(_by_pin(study))
+        console.print(PINS_NOTE, soft_wrap=True)
     console.print()
     console.print(_forecast(study))
     console.print(FORECAST_NOTE, soft_wrap=True)
@@ -46,8 +52,21 @@ def _head(study: Study) -> list[str]:
     return [
         f"[bold]{escape(trace.meta.name)}[/]{kind}: {trace.requests:,} requests, {len(np.unique(trace.user)):,} users who ask",
         f"{escape(study.model.name)}: working set {format_bytes(study.working_set_bytes)} in pages of "
-        f"{study.engine.page_tokens} tokens, {study.engine.host_format} on the host",
+        f"{study.engine.page_tokens} tokens, {_formats(study.engine)}",
+        *([] if study.pinned is None else [_pinned(study.pinned)]),
     ]
+
+
+def _formats(engine: EngineConfig) -> str:
+    both = engine.gpu_format != "native"
+    return f"{engine.gpu_format} in both tiers" if both else f"{engine.host_format} on the host"
+
+
+def _pinned(pinned: Pinned) -> str:
+    return (
+        f"pinned: {pinned.named:,} users, {pinned.unknown:,} of them unknown to the trace; {pinned.asking:,} ask and have "
+        f"states of {format_bytes(pinned.working_set_bytes)}, of each tier they may keep {100 * pinned.budget:g}%"
+    )
 
 
 def _grid(title: str, *columns: str) -> Table:
@@ -88,6 +107,20 @@ def _hits(study: Study) -> Table:
             table.add_section()
         tokens, requests = (_tiers(result.hit_ratio[kind]) for kind in ("token", "request"))
         table.add_row(*start, tokens, f"{100 * result.optimum:.1f}", requests)
+    return table
+
+
+def _by_pin(study: Study) -> Table:
+    columns = ("pinned: GPU/host/all", "others: GPU/host/all", "kept: GPU/host")
+    table = _grid("Found of tokens, %, by users who are pinned and by others", "GPU", "host", "policy", *columns)
+    for result, start in _rows(study, _asked):
+        if start[0] and table.row_count:
+            table.add_section()
+        assert result.hit_ratio_by_pin is not None
+        gpu, host = result.counters.gpu, result.counters.host
+        kept = (gpu.pinned_pages * result.cell.gpu.page_bytes, host.pinned_pages * result.cell.host.page_bytes)
+        ratios = (_tiers(result.hit_ratio_by_pin[who]["token"]) for who in ("pinned", "others"))
+        table.add_row(*start, *ratios, " / ".join(map(format_bytes, kept)))
     return table
 
 

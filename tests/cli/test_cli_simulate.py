@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,9 @@ def test_cells_have_what_the_documentation_says(trace: str, tmp_path: Path) -> N
     demand = _demand(trace)
     assert cell.keys() == {
         "policy", "gpu_cache", "host_cache", "gpu_bytes", "host_bytes", "gpu_users", "hit_ratio", "hit_ratio_after_first",
-        "optimum_token_hit_ratio", "loaded_bytes", "stored_bytes", "evicted_pages", "predicted", "trace",
-        "calibrated-synthetic", "model", "requests", "working_set_bytes", "machine", "commit",
+        "hit_ratio_by_pin", "optimum_token_hit_ratio", "loaded_bytes", "stored_bytes", "evicted_pages", "pinned_pages",
+        "predicted", "trace", "calibrated-synthetic", "model", "requests", "working_set_bytes", "machine", "gpu_format",
+        "host_format", "pins", "commit",
     }  # fmt: skip
     assert (cell["policy"], cell["gpu_cache"], cell["host_cache"]) == ("lru", "256MiB", "50%")
     assert cell["gpu_bytes"] == 256 << 20
@@ -128,6 +130,8 @@ def test_cells_have_what_the_documentation_says(trace: str, tmp_path: Path) -> N
     assert cell["predicted"].keys() == {"requests_per_s", "p50_ms", "p99_ms"}
     assert 0 < cell["predicted"]["p50_ms"] <= cell["predicted"]["p99_ms"]
     assert cell["machine"] == "NVIDIA H200" and cell["calibrated-synthetic"] is True
+    assert (cell["gpu_format"], cell["host_format"]) == ("native", "kv")
+    assert cell["pins"] is cell["hit_ratio_by_pin"] is None and cell["pinned_pages"] == {"gpu": 0, "host": 0}
 
 
 def test_any_number_of_jobs_gives_the_same(trace: str, tmp_path: Path, capsys: Capture) -> None:
@@ -167,6 +171,68 @@ def test_packed_pages_leave_less_room_on_the_gpu_and_more_on_the_host(trace: str
     assert packed[1]["hit_ratio"]["token"]["total"] > plain[1]["hit_ratio"]["token"]["total"]
 
 
+def test_a_byte_a_value_is_twice_as_much_memory_at_half_the_bytes(trace: str, tmp_path: Path) -> None:
+    """And no batch is foretold to be faster for what it finds in the same pages."""
+    native = _cells(tmp_path, trace, "--gpu-cache", "1GiB", "--host-cache", "0,2GiB", "--no-curves")
+    words = (trace, "--gpu-format", "fp8", "--no-curves")
+    fp8 = _cells(tmp_path, *words, "--gpu-cache", "512MiB", "--host-cache", "0,1GiB")
+    for wide, narrow in zip(native, fp8, strict=True):
+        assert narrow["gpu_format"] == "fp8"
+        assert narrow["hit_ratio"] == wide["hit_ratio"]
+        for name in ("working_set_bytes", "gpu_bytes", "host_bytes", "loaded_bytes", "stored_bytes"):
+            assert 2 * narrow[name] == wide[name]
+    assert fp8[0]["predicted"]["p50_ms"] > native[0]["predicted"]["p50_ms"]
+    assert main(["simulate", trace, "--gpu-format", "fp8", "--host-format", "x8"]) == 2
+
+
+def _pins(tmp_path: Path, trace: str, share: float) -> tuple[Path, int]:
+    """A file of the users who ask first, and how many these are."""
+    columns = read_trace(trace)
+    numbers = list(dict.fromkeys(columns.user.tolist()))
+    named = [columns.user_ids[number] for number in numbers[: int(share * len(numbers))]]
+    path = tmp_path / "campaign.txt"
+    path.write_text("\n".join([*named, named[0], "nobody", "no other"]) + "\n")
+    return path, len(named)
+
+
+def test_pinned_users_find_more_and_others_less(trace: str, tmp_path: Path, capsys: Capture) -> None:
+    pins, users = _pins(tmp_path, trace, 0.05)
+    words = (trace, "--gpu-cache", "5%", "--host-cache", "0,20%", "--no-curves")
+    pinned = _cells(tmp_path, *words, "--pin", str(pins), "--pin-budget", "0.5")
+    out, err = capsys.readouterr()
+    assert f"pinned: {users + 2} users, 2 of them unknown to the trace; {users} ask and have states of " in out
+    assert "they may keep 50%" in out and "pinned: GPU/host/all" in out
+    assert "reading pinned users: " in err
+    # A budget of nothing gives the ratios of the same users unpinned.
+    unpinned = _cells(tmp_path, *words, "--pin", str(pins), "--pin-budget", "0")
+    plain = _cells(tmp_path, *words)
+    for kept, free, without in zip(pinned, unpinned, plain, strict=True):
+        assert kept["pins"].keys() == {"named", "asking", "unknown", "working_set_bytes", "budget"}
+        assert (kept["pins"]["named"], kept["pins"]["asking"], kept["pins"]["unknown"]) == (users + 2, users, 2)
+        assert 0 < kept["pins"]["working_set_bytes"] < kept["working_set_bytes"]
+        ratios = [each["hit_ratio_by_pin"] for each in (kept, free)]
+        assert ratios[0]["pinned"]["token"]["gpu"] > ratios[1]["pinned"]["token"]["gpu"]
+        assert ratios[0]["others"]["token"]["gpu"] < ratios[1]["others"]["token"]["gpu"]
+        assert 0 < kept["pinned_pages"]["gpu"] <= 0.5 * kept["gpu_bytes"] / (1 << 20)
+        assert free["hit_ratio"] == without["hit_ratio"]
+
+
+def test_curves_of_pinned_users_are_simulated(trace: str, tmp_path: Path) -> None:
+    pins, _ = _pins(tmp_path, trace, 0.3)
+    found = []
+    for words in ((), ("--pin", str(pins), "--pin-budget", "0"), ("--pin", str(pins), "--pin-budget", "0.5")):
+        folder = tmp_path / f"plots {len(found)}"
+        pytest.importorskip("matplotlib")
+        assert main(["simulate", trace, "--gpu-cache", "5%", "--report", str(folder), *words]) == 0
+        curve = json.loads((folder / "curves.json").read_text())["curves"][0]
+        found.append((np.array(curve["bytes"]), np.array(curve["token_hit_ratio"])))
+    one_pass, unpinned, pinned = found
+    assert len(unpinned[0]) == len(pinned[0]) == 16 < len(one_pass[0])
+    np.testing.assert_allclose(unpinned[1], np.interp(unpinned[0], *one_pass), atol=5e-3)
+    assert (unpinned[1] - pinned[1]).max() > 2e-3
+    assert pinned[1][-1] == unpinned[1][-1]
+
+
 def test_plots_and_curves_are_written(trace: str, tmp_path: Path, capsys: Capture) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     folder = tmp_path / "plots"
@@ -201,6 +267,9 @@ def test_costs_come_from_an_engines_file(trace: str, tmp_path: Path) -> None:
     (cell,) = _cells(tmp_path, *words)
     assert cell["predicted"]["p50_ms"] == pytest.approx(500.0)
     assert cell["machine"] == "measured costs"
+    assert main(["simulate", *words, "--gpu-format", "fp8"]) == 2
+    CostCache(path).put(replace(key, format="kv of fp8"), slow)
+    assert _cells(tmp_path, *words, "--gpu-format", "fp8")[0]["predicted"]["p50_ms"] == pytest.approx(500.0)
     assert main(["simulate", *words, "--model", "hstu-1024"]) == 2
 
 
@@ -220,6 +289,10 @@ def test_costs_come_from_an_engines_file(trace: str, tmp_path: Path) -> None:
         (["--dtype", "float32"], "dtype: figures of GPUs are for states of 16 bits"),
         (["--costs", "absent.json"], "costs: absent.json is not a file"),
         (["--json", "no/such/folder/x.json"], "json: "),
+        (["--pin-budget", "0.2"], "pin_budget: is for --pin"),
+        (["--pin", "absent.txt"], "path: absent.txt is not a file"),
+        (["--pin", "/dev/null"], "path: /dev/null is not a file"),
+        (["--gpu-format", "int8"], "gpu_format: 'int8' is not one of native, fp8"),
         (["--users", "5"], "users: is for --generate"),
         (["--generate"], "generate: takes no trace file"),
     ],

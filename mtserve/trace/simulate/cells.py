@@ -48,6 +48,7 @@ class Cell:
 class CellResult:
     """What one simulation found out; ratios as replays define them.
 
+    `hit_ratio_by_pin`: of the requests of "pinned" users and of "others"; None where nobody is pinned.
     `gpu_users`: prefixes of the mean request that the GPU tier holds. `over_time`: token hit ratio of each of up to BINS
     equal parts of the trace. `optimum`: that of a tier of both sizes together which knows the future: no policy with these
     tiers finds more in all.
@@ -56,6 +57,7 @@ class CellResult:
     cell: Cell
     hit_ratio: Mapping[str, Mapping[str, float]]
     hit_ratio_after_first: Mapping[str, Mapping[str, float]]
+    hit_ratio_by_pin: Mapping[str, Mapping[str, Mapping[str, float]]] | None
     counters: SimulationCounters
     gpu_users: float
     over_time: tuple[float, ...]
@@ -129,12 +131,20 @@ def _result(
         cell=cell,
         hit_ratio=run.hit_ratio,
         hit_ratio_after_first=run.hit_ratio_among(repeats),
+        hit_ratio_by_pin=_by_pin(run, demand),
         counters=run.counters,
         gpu_users=cell.gpu.pages * page_tokens / max(1.0, float(demand.tokens.mean())),
         over_time=_over_time(run, demand),
         optimum=best,
         forecast=forecast(cell.machine, asked, cell.gpu.pages, run.gpu_tokens, run.host_tokens),
     )
+
+
+def _by_pin(run: SimulatedRun, demand: Demand) -> dict[str, dict[str, dict[str, float]]] | None:
+    if demand.pins is None:
+        return None
+    pinned = demand.pins.users[demand.user]
+    return {"pinned": run.hit_ratio_among(pinned), "others": run.hit_ratio_among(~pinned)}
 
 
 def _over_time(run: SimulatedRun, demand: Demand) -> tuple[float, ...]:

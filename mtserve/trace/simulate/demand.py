@@ -15,6 +15,7 @@ from mtserve.model.cut import Cuts, cut_histories
 from mtserve.trace.csr import earlier_in_group
 from mtserve.trace.outline import Outline
 from mtserve.trace.schema import SmallInts, Trace
+from mtserve.trace.simulate.pins import Pins
 
 MAX_TOKENS = 1 << 24
 
@@ -42,6 +43,7 @@ class Demand:
     keys: npt.NDArray[np.uint64] | None = (
         None  # [users] hashes of the user ids, as in an engine's index; None: of numbers
     )
+    pins: Pins | None = None  # None: nobody is pinned
 
     def __post_init__(self) -> None:
         for name, dtype in _DTYPES.items():
@@ -51,6 +53,8 @@ class Demand:
             object.__setattr__(
                 self, name, _column(name, values, dtype, self.users if name == "keys" else len(self.user))
             )
+        if self.pins is not None and self.pins.users.shape != (self.users,):
+            raise InvalidArgument(f"expected bool [{self.users}], got {list(self.pins.users.shape)}", field="pins")
         if not 0 <= self.users < 2**31:
             raise InvalidArgument(f"{self.users} is outside 0 to 2^31 - 1", field="users")
         if self.requests and not 0 <= self.user.min() <= self.user.max() < self.users:
@@ -72,7 +76,7 @@ class Demand:
         if not 0 <= requests <= self.requests:
             raise InvalidArgument(f"{requests} is outside 0 to {self.requests}", field="requests")
         counts = dict(zip(COUNTS, self.counts(slice(requests)), strict=True))
-        return Demand(self.users, t_s=self.t_s[:requests], keys=self.keys, **counts)
+        return Demand(self.users, t_s=self.t_s[:requests], keys=self.keys, pins=self.pins, **counts)
 
     def counts(self, part: slice) -> list[SmallInts]:
         """The columns COUNTS of some requests, in that order."""
@@ -88,11 +92,15 @@ class Demand:
         times[here] = np.where(useful, self.t_s[next_one], np.inf)
         return times
 
-    def working_set_pages(self, page_tokens: int) -> int:
-        """Pages that hold the states of every user who asks, after the last request, as `mtserve.trace.working_set`."""
+    def working_set_pages(self, page_tokens: int, among: npt.NDArray[np.bool_] | None = None) -> int:
+        """Pages that hold the states of every user who asks, after the last request, as `mtserve.trace.working_set`.
+
+        `among`: bool [users], of these alone.
+        """
         tokens = np.zeros(self.users, dtype=np.int64)
         tokens[self.user] = self.tokens_after  # of a user's requests the last is assigned last
-        return int((-(-tokens // page_tokens)).sum())
+        pages = -(-tokens // page_tokens)
+        return int(pages.sum() if among is None else pages[among].sum())
 
 
 COUNTS = (

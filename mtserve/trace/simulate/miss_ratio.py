@@ -1,7 +1,7 @@
 """Hit ratio by size of one tier, for all sizes: miss-ratio curves, and what memory a target takes.
 
 LRU's curve is that of every size at once, from how deep the sampled users' states lie when they are asked for again
-(reuse.py). That of another policy is simulated at a few sizes, the sample in a tier scaled down like it (Waldspurger et
+(reuse.py), unless users are pinned. That of another policy is simulated at a few sizes, the sample in a tier scaled down like it (Waldspurger et
 al., USENIX ATC 2017). sampling.py says why whole users are sampled, and what that leaves.
 """
 
@@ -26,7 +26,7 @@ from mtserve.trace.simulate.sampling import Sample, everybody, most_pages
 
 LRU = "lru"
 TARGETS = (0.90, 0.95, 0.99, 0.995)
-POINTS = {True: 200, False: 16}  # of a curve; LRU's cost nothing
+POINTS = {True: 200, False: 16}  # of a curve; where all sizes come in one pass they cost nothing
 SMALLEST_SHARE = 0.005  # of the pages that hold everything, where curves begin
 BISECTIONS = 7  # of the step between two points in which a target is reached
 
@@ -107,11 +107,16 @@ def _curve(
             progress(min(len(known), total - 1), total)
         return known[scaled]
 
-    pages = _sizes(everything, POINTS[policy == LRU])
+    pages = _sizes(everything, POINTS[_in_one_pass(policy, sample.demand)])
     ratios = [ratio(size) for size in pages.tolist()]
     answers = tuple(Answer(target, _least(target / after_first, pages.tolist(), ratios, ratio)) for target in TARGETS)
     progress(total, total)
     return Curve(policy, pages, np.array(ratios), after_first, answers)
+
+
+def _in_one_pass(policy: str, demand: Demand) -> bool:
+    """Whether LRU decides alone, so that what is found in one size is found in any larger one."""
+    return policy == LRU and demand.pins is None
 
 
 def _sizes(everything: int, points: int) -> Ints:
@@ -120,7 +125,7 @@ def _sizes(everything: int, points: int) -> Ints:
 
 
 def _hits(policy: str, demand: Demand, page_tokens: int, limits: BatchLimits) -> Hits:
-    if policy == LRU:
+    if _in_one_pass(policy, demand):
         hits = lru_hits(demand, page_tokens)
         return lambda pages: int(hits[min(pages, len(hits) - 1)])
     if policy == OPTIMUM:

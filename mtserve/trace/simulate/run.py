@@ -31,6 +31,8 @@ class TierCounters(NamedTuple):
     users: int
     evicted_pages: int
     evicted_users: int  # that lost their last page here
+    pinned_users: int  # of those pinned, whom the budget covers at the end
+    pinned_pages: int  # theirs
 
 
 class SimulationCounters(NamedTuple):
@@ -101,13 +103,17 @@ def simulate(
     """Send `demand` through tiers that start empty; `host_pages=0`: no host tier.
 
     policy: one of `mtserve._core.policy_names()`, or of `oracle_policy_names()`, which know the demand's future: no engine
-    can serve under those, others are measured against them. `limits` matter for long prefixes only.
-    Raises InvalidArgument for what an index or a tier refuses.
+    can serve under those, others are measured against them. `limits` matter for long prefixes only. The demand's `pins` are
+    set before the first request.
+    Raises InvalidArgument for what an index or a tier refuses, ResourceExhausted for more pins than an index takes.
     """
     habits, keys, next_s = None, demand.keys, None
     if policy in oracle_policy_names():
         habits, keys, next_s = _TraceOracle(demand.user.astype(np.uint64), demand.t_s), None, demand.next_s()
-    simulation = _Simulation(page_tokens, gpu_pages, host_pages, policy, *limits, demand.users, keys, habits)
+    budget = EngineConfig.pin_budget if demand.pins is None else demand.pins.budget
+    simulation = _Simulation(page_tokens, gpu_pages, host_pages, policy, *limits, budget, demand.users, keys, habits)
+    if demand.pins is not None:
+        simulation.pin(demand.pins.numbers)
     gpu, host = (np.empty(demand.requests, dtype=np.int32) for _ in range(2))
     for part in _blocks(demand.requests):
         coming = None if next_s is None else next_s[part]

@@ -26,7 +26,7 @@ from mtserve.trace.simulate.reuse import reusable_tokens, states_left
 
 HASHES = 1 << 32
 MASK = (1 << 64) - 1
-PER_USER = ("users", "keys")
+PER_USER = ("users", "keys", "pins")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def only(demand: Demand, users: SmallInts) -> Demand:
     columns = {item.name: getattr(demand, item.name) for item in dataclasses.fields(demand)}
     picked_columns = {name: column[picked] for name, column in columns.items() if name not in PER_USER}
     keys = None if demand.keys is None else demand.keys[users]
+    pins = None if demand.pins is None else demand.pins.only(users)
     return dataclasses.replace(
-        demand, users=len(users), keys=keys, **{**picked_columns, "user": numbers[demand.user[picked]]}
+        demand, users=len(users), keys=keys, pins=pins, **{**picked_columns, "user": numbers[demand.user[picked]]}
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
+import numpy as np
 import torch
 
 from mtserve.config import EngineConfig, ModelConfig
@@ -19,11 +20,12 @@ from mtserve.trace.schema import Trace
 from mtserve.trace.simulate.capacities import split_list
 from mtserve.trace.simulate.cells import CellResult, Tiers, grid, run_cells
 from mtserve.trace.simulate.config import POLICIES, SimulateConfig
-from mtserve.trace.simulate.demand import demand_of
+from mtserve.trace.simulate.demand import Demand, demand_of
 from mtserve.trace.simulate.forecast import Asked
 from mtserve.trace.simulate.machine import Machine
 from mtserve.trace.simulate.miss_ratio import Curve, curves, sampling_error
 from mtserve.trace.simulate.optimum import OPTIMUM
+from mtserve.trace.simulate.pins import Pins
 from mtserve.trace.simulate.rounds import Rounds
 from mtserve.trace.simulate.run import BatchLimits
 from mtserve.trace.simulate.sampling import draw
@@ -49,8 +51,25 @@ class Sizing:
 
 
 @dataclass(frozen=True)
+class Pinned:
+    """Users who were named to be pinned: those who ask, those whom the trace does not know.
+
+    `working_set_bytes`: of the final states of those who ask. `budget`: what share of each tier may be kept for them.
+    """
+
+    named: int
+    asking: int
+    unknown: int
+    working_set_bytes: int
+    budget: float
+
+
+@dataclass(frozen=True)
 class Study:
-    """A trace, the model and engine it is for, and what came of it. `sizing` is None where none was asked for."""
+    """A trace, the model and engine it is for, and what came of it.
+
+    `pinned` is None where nobody is, `sizing` where none was asked for.
+    """
 
     trace: Trace
     model: ModelConfig
@@ -58,6 +77,7 @@ class Study:
     config: SimulateConfig
     machine: str
     working_set_bytes: int
+    pinned: Pinned | None
     cells: list[CellResult]
     sizing: Sizing | None
 
@@ -70,17 +90,21 @@ def study(
     config: SimulateConfig,
     costs: Costs | None = None,
     progress: Progress = lambda phase, done, total: None,
+    pin: Sequence[str] = (),
 ) -> Study:
     """Simulate `trace` on every policy and size that `config` names, for a model of `user_tokens` U features.
 
-    engine: page size, format and batches; its own capacities and policy do not count, and its dtype "auto" is bfloat16.
-    costs: as an engine has measured them, in place of the figures of the GPU that `config` names.
+    engine: page size, formats, batches and budget of pins; its own capacities and policy do not count, and its dtype "auto" is bfloat16.
+    costs: as an engine has measured them, in place of the figures of the GPU that `config` names. pin: ids of users who are
+    pinned, known to the trace or not.
     Raises InvalidArgument naming the option that is at fault.
     """
     policies, sizes = _policies(config), _sizes(config, trace)
     dtype = DTYPES["bfloat16" if engine.dtype == "auto" else engine.dtype]
     figures = _figures(config, dtype) if costs is None else costs
     demand = demand_of(trace, model, user_tokens)
+    if pin:
+        demand = replace(demand, pins=Pins.of(trace.user_ids, pin, engine.pin_budget))
     working_set = demand.working_set_pages(engine.page_tokens)
     tiers = {host: _tiers(model, engine, dtype, figures, host=host) for host in (False, True)}
     cells = grid(policies, sizes, tiers, working_set)
@@ -97,10 +121,24 @@ def study(
         )  # fmt: skip
         error = 0.0 if sample.share == 1.0 else sampling_error(sample, demand, engine.page_tokens)
         sizing = Sizing(found, tiers[False].gpu_page_bytes, sample.demand.users, sample.share, error)
+    page_bytes = page_shape(model, engine, dtype).bytes
     return Study(
         trace, model, engine, config, figures.name if isinstance(figures, GpuFigures) else "measured costs",
-        working_set * page_shape(model, engine, dtype).bytes, results, sizing,
+        working_set * page_bytes, _pinned(demand, engine.page_tokens, page_bytes), results, sizing,
     )  # fmt: skip
+
+
+def _pinned(demand: Demand, page_tokens: int, page_bytes: int) -> Pinned | None:
+    pins = demand.pins
+    if pins is None:
+        return None
+    return Pinned(
+        named=int(pins.users.sum()) + pins.unknown,
+        asking=int(pins.users[np.unique(demand.user)].sum()),
+        unknown=pins.unknown,
+        working_set_bytes=demand.working_set_pages(page_tokens, pins.users) * page_bytes,
+        budget=pins.budget,
+    )
 
 
 def _policies(config: SimulateConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from mtserve.provenance import commit
@@ -19,6 +20,9 @@ def summarise_cells(study: Study) -> list[dict[str, Any]]:
         "requests": study.trace.requests,
         "working_set_bytes": study.working_set_bytes,
         "machine": study.machine,
+        "gpu_format": study.engine.gpu_format,
+        "host_format": study.engine.host_format,
+        "pins": None if study.pinned is None else asdict(study.pinned),
         "commit": commit(),
     }
     return [{**_cell(result), **facts} for result in study.cells]
@@ -35,10 +39,12 @@ def _cell(result: CellResult) -> dict[str, Any]:
         "gpu_users": result.gpu_users,
         "hit_ratio": result.hit_ratio,
         "hit_ratio_after_first": result.hit_ratio_after_first,
+        "hit_ratio_by_pin": result.hit_ratio_by_pin,
         "optimum_token_hit_ratio": result.optimum,
         "loaded_bytes": result.loaded_bytes,
         "stored_bytes": result.stored_bytes,
         "evicted_pages": {"gpu": counters.gpu.evicted_pages, "host": counters.host.evicted_pages},
+        "pinned_pages": {"gpu": counters.gpu.pinned_pages, "host": counters.host.pinned_pages},
         "predicted": {
             "requests_per_s": result.forecast.requests_per_s,
             "p50_ms": result.forecast.p50_ms,

@@ -55,8 +55,8 @@ def test_a_user_is_found_where_it_was_left() -> None:
     }
     counters = run.counters
     assert (counters.loads, counters.loaded_pages, counters.stores, counters.stored_pages) == (2, 4, 3, 6)
-    assert counters.gpu == (4, 4, 2, 6, 3)
-    assert counters.host == (6, 6, 3, 0, 0)
+    assert counters.gpu == (4, 4, 2, 6, 3, 0, 0)
+    assert counters.host == (6, 6, 3, 0, 0, 0, 0)
     assert counters.unsaved_pages == 0
 
 
@@ -74,7 +74,7 @@ def test_without_a_host_tier_what_is_evicted_is_gone() -> None:
     run = lru(steady((0, 8), (1, 8), (0, 8)), 3, 0)
     assert found(run) == [(0, 0), (0, 0), (4, 0)]
     assert run.counters.unsaved_pages == 1 + 1
-    assert run.counters.host == (0, 0, 0, 0, 0)
+    assert run.counters.host == (0, 0, 0, 0, 0, 0, 0)
     assert run.counters.stores == 0
 
 
@@ -174,7 +174,7 @@ def test_lru_is_what_a_plain_model_says(demand: Demand, page_tokens: int, gpu_pa
 def test_every_structure_holds_after_every_block_and_blocks_change_nothing(
     demand: Demand, policy: str, block: int
 ) -> None:
-    core = _Simulation(3, 9, 14, policy, *BatchLimits(), demand.users, None, None)
+    core = _Simulation(3, 9, 14, policy, *BatchLimits(), 0.1, demand.users, None, None)
     gpu, host = (np.empty(demand.requests, dtype=np.int32) for _ in range(2))
     for first in range(0, demand.requests, block):
         part = slice(first, first + block)
@@ -238,7 +238,7 @@ def test_a_block_with_a_broken_request_changes_nothing(column: int, value: int, 
 
 
 def small_core() -> _Simulation:
-    return _Simulation(4, 8, 8, "lru", *BatchLimits(), 6, None, None)
+    return _Simulation(4, 8, 8, "lru", *BatchLimits(), 0.1, 6, None, None)
 
 
 def test_what_an_index_or_a_tier_refuses() -> None:
@@ -251,9 +251,9 @@ def test_what_an_index_or_a_tier_refuses() -> None:
     with pytest.raises(InvalidArgument, match="cold_after"):
         simulate(demand, **sizes, limits=BatchLimits(cold_after=0))
     with pytest.raises(InvalidArgument, match="users"):
-        _Simulation(4, 1, 1, "lru", *BatchLimits(), -1, None, None)
+        _Simulation(4, 1, 1, "lru", *BatchLimits(), 0.1, -1, None, None)
     with pytest.raises(InvalidArgument, match="keys"):
-        _Simulation(4, 1, 1, "lru", *BatchLimits(), 3, np.zeros(2, dtype=np.uint64), None)
+        _Simulation(4, 1, 1, "lru", *BatchLimits(), 0.1, 3, np.zeros(2, dtype=np.uint64), None)
 
 
 def test_columns_of_other_types_or_lengths_are_refused() -> None:
@@ -317,10 +317,10 @@ def test_an_oracle_needs_numbers_and_what_comes() -> None:
     demand = steady((0, 8), (1, 8))
     habits = _TraceOracle(demand.user.astype(np.uint64), demand.t_s)
     with pytest.raises(InvalidArgument, match="numbers"):
-        _Simulation(4, 8, 8, "belady", *BatchLimits(), 9, np.zeros(9, dtype=np.uint64), habits)
+        _Simulation(4, 8, 8, "belady", *BatchLimits(), 0.1, 9, np.zeros(9, dtype=np.uint64), habits)
     with pytest.raises(InvalidArgument, match="oracle"):
-        _Simulation(4, 8, 8, "belady", *BatchLimits(), 9, None, None)
-    core, out = _Simulation(4, 8, 8, "belady", *BatchLimits(), 9, None, habits), np.zeros((2, 2), dtype=np.int32)
+        _Simulation(4, 8, 8, "belady", *BatchLimits(), 0.1, 9, None, None)
+    core, out = _Simulation(4, 8, 8, "belady", *BatchLimits(), 0.1, 9, None, habits), np.zeros((2, 2), dtype=np.int32)
     for next_s in (None, np.array([0.5, 0.5]), np.array([np.nan, 2.0])):
         with pytest.raises(InvalidArgument) as caught:
             core.run(demand.t_s, demand.counts(slice(None)), *out, next_s)

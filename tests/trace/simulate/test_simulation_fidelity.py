@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +12,14 @@ from engine_world import World
 from small_models import small_model
 
 from mtserve._core import policy_names
+from mtserve.config import EngineConfig
 from mtserve.model.ranking import RankingModel
 from mtserve.trace.generator.config import GeneratorConfig
 from mtserve.trace.generator.synthesis import generate
 from mtserve.trace.replay.features import TraceRows
 from mtserve.trace.schema import Trace
 from mtserve.trace.simulate.demand import Demand, demand_of
+from mtserve.trace.simulate.pins import Pins
 from mtserve.trace.simulate.run import DEFAULT_LIMITS, BatchLimits, SimulatedRun, simulate
 from mtserve.types import Request
 
@@ -70,7 +73,7 @@ def assert_same(world: World, demand: Demand, run: SimulatedRun, found: npt.NDAr
     stats, counters = world.tiers.index.stats(), run.counters
     for there, here in ((stats.gpu, counters.gpu), (stats.host, counters.host)):
         assert (there.total, there.used, there.users) == here[:3]
-        assert (there.evicted_pages, there.evicted_users) == here[3:]
+        assert (there.evicted_pages, there.evicted_users, there.pinned_users, there.pinned_pages) == here[3:]
     assert world.value("batches_total") == counters.batches
     assert world.value("loads_total") == counters.loads
     assert world.value("stores_total") == counters.stores
@@ -82,14 +85,21 @@ def model_of(shape: str) -> RankingModel:
 
 
 def compare(
-    shape: str, policy: str, shares: tuple[int, int], trace: Trace, limits: BatchLimits = DEFAULT_LIMITS
-) -> SimulatedRun:
+    shape: str, policy: str, shares: tuple[int, int], trace: Trace, limits: BatchLimits = DEFAULT_LIMITS,
+    pin: Sequence[str] = (), pin_budget: float = EngineConfig.pin_budget, gpu_format: str = "native",
+) -> SimulatedRun:  # fmt: skip
     model = model_of(shape)
     demand = demand_of(trace, model.config, len(model.schema.user))
+    if pin:
+        demand = replace(demand, pins=Pins.of(trace.user_ids, pin, pin_budget))
     whole = demand.working_set_pages(PAGE_TOKENS)
     gpu_pages, host_pages = (-(-whole * share // 100) for share in shares)
-    world = World(model, gpu_pages=gpu_pages, host_pages=host_pages, policy=policy, **limits._asdict(), **ENGINE)
+    world = World(
+        model, gpu_pages=gpu_pages, host_pages=host_pages, policy=policy, pin_budget=pin_budget, gpu_format=gpu_format,
+        **limits._asdict(), **ENGINE,
+    )  # fmt: skip
     try:
+        world.engine.pin(pin)
         found = through_engine(world, trace)
         run = simulate(
             demand, policy=policy, gpu_pages=gpu_pages, host_pages=host_pages, page_tokens=PAGE_TOKENS, limits=limits
@@ -124,3 +134,29 @@ def test_long_prefixes_are_encoded_in_the_same_parts(shape: str, policy: str) ->
     trace = make_trace(seed=7)
     run = compare(shape, policy, (25, 30), trace, BatchLimits(max_batch_tokens=90, cold_batch_tokens=40, cold_after=30))
     assert run.counters.batches > trace.requests + run.counters.rebuilt + 10
+
+
+@pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.parametrize(("shares", "pin_budget"), [((10, 30), 0.5), ((10, 0), 0.3), ((25, 100), 0.2)])
+def test_pinned_users_keep_what_they_keep_in_an_engine(policy: str, shares: tuple[int, int], pin_budget: float) -> None:
+    trace = make_trace(seed=11)
+    pin = ["nobody", *trace.user_ids[::5]]
+    run = compare("mtgr", policy, shares, trace, pin=pin, pin_budget=pin_budget)
+    assert run.counters.gpu.pinned_pages <= pin_budget * run.counters.gpu.pages
+    without = compare("mtgr", policy, shares, trace)
+    assert without.counters.gpu.pinned_users == 0
+    assert not np.array_equal(without.gpu_tokens, run.gpu_tokens)
+
+
+def test_pins_of_all_and_a_budget_of_nothing() -> None:
+    trace = make_trace(seed=13)
+    everybody = compare("hstu", "lru", (25, 30), trace, pin=trace.user_ids, pin_budget=0.5)
+    assert everybody.counters.gpu.pinned_users > 0
+    nothing = compare("hstu", "lru", (25, 30), trace, pin=trace.user_ids, pin_budget=0.0)
+    assert nothing.counters == compare("hstu", "lru", (25, 30), trace).counters
+
+
+def test_states_in_a_byte_a_value_are_found_alike() -> None:
+    trace = make_trace(seed=17)
+    run = compare("mtgr", "s3fifo", (25, 60), trace, pin=trace.user_ids[:6], pin_budget=0.3, gpu_format="fp8")
+    assert run.counters.loads > 20
