@@ -88,6 +88,7 @@ OPERATING = {
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script with an empty folder of results."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("readme_figures", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -133,18 +134,22 @@ def test_formats_of_the_device_are_shown_side_by_side(script: ModuleType) -> Non
 
 
 def test_padding_has_a_column_where_a_replay_padded(script: ModuleType) -> None:
-    plain = script.replay_rows({"a": _replay(), "b": _replay(padded_rows_share=None)})
+    from figures.replays import replay_rows
+
+    plain = replay_rows({"a": _replay(), "b": _replay(padded_rows_share=None)})
     assert plain[0].endswith("| largest score difference |")
     assert plain[3] == "| b | 50.0 / 25.0 / 75.0 | 2.0 / 2.0 | 10.0 / 10.0 | 1.00 | 1.0e-03 |"
-    padded = script.replay_rows({"a": _replay(), "b": _replay(padded_rows_share=0.0625)})
+    padded = replay_rows({"a": _replay(), "b": _replay(padded_rows_share=0.0625)})
     assert padded[0].endswith("| rows computed as padding, % |")
     assert [row.split(" | ")[-1] for row in padded[2:]] == ["- |", "6.2 |"]
 
 
 def test_forecasts_policies_and_the_operating_point_are_shown(script: ModuleType) -> None:
+    from figures.simulations import operating_lines
+
     for name, content in (("forecast", FORECAST), ("replacement", REPLACEMENT)):
         (script.RESULTS / f"{name}.json").write_text(json.dumps(content))
-    lines = [*script.figures().splitlines(), *script.operating_lines(OPERATING)]
+    lines = [*script.figures().splitlines(), *operating_lines(OPERATING)]
     for row in (
         "| short | 50.0 / 25.0 | 50.0 / 25.0 | 100 | 130 | 150 (+50%) | 90 (-10%) | 140 | 2.0 | 1.5 |",
         "| default 5% | 71.50 | 71.00 |",
