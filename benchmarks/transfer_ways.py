@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from mtserve._core import PageAllocator  # noqa: E402
 from mtserve.cache.index import Copy  # noqa: E402
-from mtserve.kernels.cuda.driver import copy  # noqa: E402
+from mtserve.kernels.cuda.driver import queue_call  # noqa: E402
 from mtserve.transfer.arena import HostArena, grow_all  # noqa: E402
 from mtserve.transfer.cuda_mover import CudaMover  # noqa: E402
 from mtserve.transfer.mover import LOAD, STORE  # noqa: E402
@@ -92,7 +93,8 @@ class Tiers:
         for inside, outside, count in pieces:
             gpu, host = self.pool.data_ptr() + inside * size, self.arena.tensor.data_ptr() + outside * size
             target, source = (gpu, host) if kind == LOAD else (host, gpu)
-            copy(target, source, count * size, stream.cuda_stream)
+            ends = (ctypes.c_void_p(target), ctypes.c_void_p(source))
+            queue_call("cuMemcpyAsync", *ends, ctypes.c_size_t(count * size), ctypes.c_void_p(stream.cuda_stream))
         return stream.synchronize
 
     def _plain(self, kind: str, copies: list[Copy]) -> Callable[[], None]:

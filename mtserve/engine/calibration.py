@@ -30,7 +30,8 @@ from mtserve.engine.runner import BatchRunner
 from mtserve.engine.scheduler import Slot
 from mtserve.engine.sequence import SequenceBuilder
 from mtserve.engine.tiers import Reservation
-from mtserve.kernels.cuda.driver import copy_batch
+from mtserve.kernels.cuda.driver import current_context
+from mtserve.kernels.cuda.queue import DriverQueue
 from mtserve.model.ranking import RankingModel
 from mtserve.restore.cache import CostKey
 from mtserve.restore.costs import Costs
@@ -254,14 +255,20 @@ def _copies(mover: Mover) -> Callable[[npt.NDArray[np.int64], int], None]:
     """What copies pieces of one size from the arena to the same offsets, in bytes, of the pool, and waits for them."""
     pool, arena = mover.pool, mover.arena
     if pool.is_cuda:
-        stream = torch.cuda.Stream(pool.device)
+        with torch.cuda.device(pool.device):
+            queue, stream = DriverQueue(current_context()), torch.cuda.Stream()
 
-        def queue(offsets: npt.NDArray[np.int64], size: int) -> None:
+        def load(offsets: npt.NDArray[np.int64], size: int) -> None:
             sizes = np.full(len(offsets), size, dtype=np.int64)
-            copy_batch(offsets + pool.data_ptr(), offsets + arena.data_ptr(), sizes, stream.cuda_stream)
+            queue.copy_batch(offsets + pool.data_ptr(), offsets + arena.data_ptr(), sizes, stream.cuda_stream)
+            ticket = queue.submit()
+            queue.wait(ticket)
+            error = queue.take_error(ticket)
+            if error is not None:
+                raise error
             stream.synchronize()
 
-        return queue
+        return load
     target, source = (each.view(-1).view(torch.uint8) for each in (pool, arena))
 
     def copy(offsets: npt.NDArray[np.int64], size: int) -> None:

@@ -30,8 +30,6 @@ _EVENT_DISABLE_TIMING = 2
 _REGISTER_PORTABLE = 1  # pinned for every context, not the current one alone
 _EVENT_WAIT_EXTERNAL = 1
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
-_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-_MAX_BATCH = 1024  # copies a call: far above what it takes to hide the call, below where drivers slow down
 
 Addresses = npt.NDArray[np.int64]
 
@@ -44,12 +42,6 @@ class _Attribute(ctypes.Structure):
     """Mirrors CUlaunchAttribute: an id, padded to 8 bytes, and a union of 64, of which our one reads an int."""
 
     _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
-
-
-class _CopyAttributes(ctypes.Structure):
-    """Mirrors CUmemcpyAttributes: an order, hints of where source and destination lie (unused), flags."""
-
-    _fields_ = [("order", ctypes.c_int), ("hints", ctypes.c_int * 4), ("flags", ctypes.c_uint)]
 
 
 class _LaunchConfig(ctypes.Structure):
@@ -106,11 +98,6 @@ def queue_call(name: str, *arguments: Any) -> None:
     _check(name, _function(name, True)(*arguments))
 
 
-def copy(to: int, source: int, size: int, stream: int) -> None:
-    """Queue a copy of `size` bytes from the address `source` to `to`; what is on the host is pinned."""
-    queue_call("cuMemcpyAsync", *map(ctypes.c_void_p, (to, source)), ctypes.c_size_t(size), ctypes.c_void_p(stream))
-
-
 def register_host(address: int, size: int) -> None:
     """Pin `size` bytes of host memory from `address`, whole pages of the system, for the copies of every device.
 
@@ -122,33 +109,6 @@ def register_host(address: int, size: int) -> None:
 def unregister_host(address: int) -> None:
     """Unpin what was pinned from `address`. Takes milliseconds, without the interpreter's lock."""
     call("cuMemHostUnregister", ctypes.c_void_p(address))
-
-
-def copy_batch(to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:
-    """Queue many copies: `sizes[i]` bytes, 1 or more, from `source[i]` to `to[i]`; int64 [n] each, in any order.
-
-    One call of the driver for up to a thousand where it knows `cuMemcpyBatchAsync` (from CUDA 12.8 on). `stream` is
-    not the default one. Where it raises CudaError, some may have been queued.
-    """
-    to, source, sizes = [np.ascontiguousarray(each, dtype=np.int64) for each in (to, source, sizes)]
-    for first in range(0, len(to), _MAX_BATCH):
-        some = slice(first, first + _MAX_BATCH)
-        _copy_some(to[some], source[some], sizes[some], stream)
-
-
-def _copy_some(to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:
-    name = batch_name()
-    if not name:
-        for one in zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True):
-            copy(*one, stream)
-        return
-    lists = [ctypes.c_void_p(each.ctypes.data) for each in (to, source, sizes)]
-    attributes, used_from, failed = _CopyAttributes(order=_STREAM_ORDER), ctypes.c_size_t(0), ctypes.c_size_t()
-    reported = () if name.endswith("_v2") else (ctypes.byref(failed),)
-    queue_call(
-        name, *lists, ctypes.c_size_t(len(to)), ctypes.byref(attributes), ctypes.byref(used_from), ctypes.c_size_t(1),
-        *reported, ctypes.c_void_p(stream),
-    )  # fmt: skip
 
 
 @cache
