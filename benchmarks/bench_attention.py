@@ -10,8 +10,6 @@ shape is timed, rows of it are held against fp32; a wrong one means no report.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import make_parser, require_gpu, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -244,14 +243,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser = make_parser(__doc__, seed=True, cases=True)
     parser.add_argument("--sweep", action="store_true", help="also time forced tiles and splits")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device here")
+    require_gpu()
     torch.backends.cuda.matmul.allow_tf32 = False
     rows = []
     for case in CASES:
@@ -263,8 +258,7 @@ def main() -> int:
     print(table(rows))
     if options.out:
         report = {"benchmark": "attention", "rows": rows, **stamp(seed=options.seed, device="cuda:0")}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, options.out)
     return 0
 
 

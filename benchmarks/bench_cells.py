@@ -10,14 +10,13 @@ Before anything is reported, every cell is held to what must be so: nothing abov
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import make_parser, write_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -102,9 +101,7 @@ def operating_point(phases: Phases) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cells.json")
-    args = parser.parse_args()
+    args = make_parser(__doc__, "cells.json").parse_args()
     with Phases() as phases:
         trace = generate(TRACE, lambda done, total: phases("generating requests", done, total))
         user_tokens = len(default_schema().user)
@@ -121,8 +118,7 @@ def main() -> None:
         "sizing": summarise_sizing(found.sizing),
         **provenance.stamp(seed=TRACE.seed),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, args.out)
     print(f"{args.out}: {len(cells)} cells")
 
 

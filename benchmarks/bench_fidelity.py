@@ -10,14 +10,13 @@ link at once, which a simulation leaves out, and the difference is what this tel
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import make_parser, write_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -79,9 +78,7 @@ def compare(trace: Trace, model: RankingModel, phases: Phases) -> list[dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fidelity.json")
-    args = parser.parse_args()
+    args = make_parser(__doc__, "fidelity.json").parse_args()
     config = replace(
         preset("tiny"), static_history=False, static_attention="causal", max_history=2000, max_realtime=2000
     )
@@ -95,7 +92,7 @@ def main() -> None:
             f"gpu {cell['gpu_percent']}%, host {cell['host_percent']}%: {cell['simulated']}, engine in points: {apart}"
         )
     report = {"benchmark": "fidelity", "requests_per_s": OPEN_RPS, "cells": cells, **provenance.stamp(seed=TRACE.seed)}
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, args.out)
 
 
 if __name__ == "__main__":

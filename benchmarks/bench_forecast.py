@@ -13,7 +13,6 @@ it: what is left of the difference is not the hit ratio's.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import RESULTS, make_parser, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -41,7 +41,6 @@ from mtserve.trace.simulate.machine import Machine  # noqa: E402
 from mtserve.trace.simulate.study import study  # noqa: E402
 from mtserve.trace.simulate.summary import summarise_cells  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 MODEL, SEED = "hstu-512", 0
 IN_FLIGHT = 8
 BATCHES = (IN_FLIGHT // 2, IN_FLIGHT)
@@ -139,9 +138,8 @@ def row_text(name: str, row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "forecast.json")
     parser.add_argument("--measured", type=Path, default=RESULTS / "gpu_check.json")
-    parser.add_argument("--out", type=Path, default=RESULTS / "forecast.json")
     args = parser.parse_args()
     measured = json.loads(args.measured.read_text())
     missing = REPLAYS.keys() - measured["replays"].keys()
@@ -167,7 +165,7 @@ def main() -> None:
         "replays": rows,
         **provenance.stamp(seed=SEED),
     }
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, args.out)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,7 @@ exit status is 1 when a bound is broken.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from arguments import make_parser, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -268,10 +267,9 @@ def _long_enough(model: RankingModel, sample: Sample) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "formats.json")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--users", type=int, default=40, help="held-out users, of those with 500 to 2000 behaviours")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "formats.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, rows = trained_model()
@@ -293,7 +291,7 @@ def main() -> int:
         "broken": lines,
         "results": [asdict(result) for result in results],
     }
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, options.out)
     return 1 if lines else 0
 
 

@@ -10,9 +10,7 @@ The floor is max(FLOP / 600e12, bytes / 4.2e12) (the counting of docs/architectu
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import make_parser, require_gpu, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -240,13 +239,8 @@ def measure(case: Case, model: RankingModel, exact: RankingModel, seed: int) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "forward.json")
-    parser.add_argument("--only", default="", help="run the shapes whose name contains this")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device here; this benchmark is for a machine that has one")
+    options = make_parser(__doc__, "forward.json", seed=True, cases=True).parse_args()
+    require_gpu()
     results: list[dict[str, Any]] = []
     failed = 0
     name, model, exact = "", None, None
@@ -275,7 +269,7 @@ def main() -> int:
         "failed": failed,
         "results": results,
     }
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, options.out)
     return 1 if failed else 0
 
 

@@ -10,9 +10,7 @@ from the fp32 forward that rounds nothing, over pages that nothing has rounded. 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import make_parser, require_gpu, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -149,13 +148,8 @@ def layer_rows(only: str, seed: int) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_format.json")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device here; this benchmark is for a machine that has one")
+    options = make_parser(__doc__, "gpu_format.json", seed=True, cases=True).parse_args()
+    require_gpu()
     torch.backends.cuda.matmul.allow_tf32 = False
     attention = []
     for case in bench_attention.CASES:
@@ -166,7 +160,7 @@ def main() -> int:
     if not attention and not layers:
         sys.exit(f"no case's name contains {options.only!r}")
     report = {"stamp": stamp(seed=options.seed, device="cuda:0"), "attention": attention, "layers": layers}
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, options.out)
     return 0
 
 

@@ -14,8 +14,6 @@ is reported and the exit status is 1.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import threading
@@ -27,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import make_parser, require_gpu, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -254,17 +253,14 @@ def measure_clients(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "loop.json", seed=True)
     parser.add_argument("--model", default="hstu-512")
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--history", type=int, default=4096)
     parser.add_argument("--batches", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "loop.json")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device here; this benchmark is for a machine that has one")
+    require_gpu()
     model = build(options.model, seed=options.seed)
     error = check(model, 700, options.seed)
     if not error <= LARGEST_ERROR:
@@ -282,7 +278,7 @@ def main() -> int:
     shape = {key: getattr(options, key) for key in ("model", "users", "batch", "history")}
     shape |= {"new": NEW, "candidates": CANDIDATES}
     report = {"stamp": stamp(seed=options.seed, device="cuda:0"), **shape, "relative_l2_uncached": error, **result}
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, options.out)
     return 0
 
 

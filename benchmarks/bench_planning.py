@@ -7,7 +7,6 @@ timed the same steps run once with their results checked; a wrong result means n
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from arguments import make_parser, write_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -126,11 +126,9 @@ def summarise(times: list[tuple[float, float, float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "planning.json", seed=True)
     parser.add_argument("--users", type=int, default=100_000, help="other users in the index")
     parser.add_argument("--batch", type=int, default=32, help="users of a batch")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "planning.json")
     args = parser.parse_args()
     needed = args.batch * GROUPS * (ROUNDS + 1) * DELTA // PAGE_TOKENS
     if not 1 <= args.batch <= 1024 or args.users * OTHERS_TOKENS // PAGE_TOKENS < needed:
@@ -147,8 +145,7 @@ def main() -> None:
         **measure(args.users, args.batch, args.seed),
         **provenance.stamp(seed=args.seed),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, args.out)
     json.dump(report, sys.stdout, indent=2)
     print()
 

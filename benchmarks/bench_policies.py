@@ -10,7 +10,6 @@ habit repeats: it tells nothing of a product's trace.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from arguments import make_parser, write_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -91,13 +91,11 @@ def measure_alone(name: str, arguments: list[str]) -> dict[str, float | str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "policies.json", seed=True)
     parser.add_argument("--tracked", type=int, default=1_000_000, help="users that the tier holds, of one page each")
     parser.add_argument("--skew", type=float, default=0.8, help="exponent of the law of popularity")
     parser.add_argument("--pinned", type=int, default=32, help="users of so many last requests are pinned")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=policy_names(), help="print one policy's row, write nothing")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "policies.json")
     args = parser.parse_args()
     if not 1000 <= args.tracked <= 10_000_000 or not 0 <= args.pinned <= 100:
         parser.error("needs 1,000 <= tracked <= 10,000,000 and 0 <= pinned <= 100")
@@ -119,8 +117,7 @@ def main() -> None:
         "results": [measure_alone(name, arguments) for name in policy_names()],
         **provenance.stamp(seed=args.seed),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, args.out)
     json.dump(report, sys.stdout, indent=2)
     print()
 

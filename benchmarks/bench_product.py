@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import make_parser, require_gpu, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -210,13 +209,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device here")
+    options = make_parser(__doc__, seed=True, cases=True).parse_args()
+    require_gpu()
     torch.backends.cuda.matmul.allow_tf32 = False
     rows = []
     for case in CASES:
@@ -228,8 +222,7 @@ def main() -> int:
     print(table(rows))
     if options.out:
         report = {"benchmark": "product", "rows": rows, **stamp(seed=options.seed, device="cuda:0")}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, options.out)
     return 0
 
 

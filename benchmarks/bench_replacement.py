@@ -17,7 +17,6 @@ tokens it may find a few more, as a history's last page has fewer.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import make_parser, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -235,12 +235,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "replacement.json")
     parser.add_argument("--users", type=int, default=20_000)
     parser.add_argument("--requests", type=int, default=2_000_000)
     parser.add_argument("--seeds", type=int, default=2, help="traces of each parameter set")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "replacement.json")
     parser.add_argument("--plot", type=Path, help="draw the table as PNG")
     args = parser.parse_args()
     if not (10 <= args.users <= 10_000_000 and args.users <= args.requests <= 100_000_000 and 1 <= args.seeds <= 100):
@@ -267,7 +266,7 @@ def main() -> int:
         "results": rows,
         "stamp": stamp(seed=0),
     }
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, args.out)
     print(table(rows))
     print(json.dumps(report["summary"], indent=2))
     if args.plot:

@@ -12,9 +12,7 @@ nothing; a case that differs by more than its format may is not reported, and th
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import random
 import statistics
 import sys
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import make_parser, require_gpu, write_report
 from restore_case import SEED, Case, Turns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,15 +110,13 @@ def report(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser = make_parser(__doc__)
     parser.add_argument("--plot", type=Path, help="draw the table and the grid as PNG")
     parser.add_argument("--only", nargs="*", default=["table", "grid"], choices=["table", "grid"])
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device here; this benchmark is for a machine that has one")
+    require_gpu()
     result: dict[str, Any] = {"stamp": stamp(seed=SEED, device="cuda:0")}
     for part, cases in (("table", TABLE), ("grid", GRID)):
         result[part] = []
@@ -127,7 +124,7 @@ def main() -> int:
             if options.cases in case.name:
                 result[part].append(measure(case, options.rounds))
                 if options.out:
-                    options.out.write_text(json.dumps(result, indent=2) + "\n")
+                    write_report(result, options.out)
                 gc.collect()
                 torch.cuda.empty_cache()
     if options.plot:

@@ -10,13 +10,13 @@ mean and the largest over SEEDS samples. Before anything is reported, a sample o
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from arguments import make_parser, write_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -78,9 +78,7 @@ def measure(users: int, requests: int, model: str, rate: float) -> dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sampling.json")
-    args = parser.parse_args()
+    args = make_parser(__doc__, "sampling.json").parse_args()
     report = {
         "benchmark": "sampling",
         "seeds": SEEDS,
@@ -88,8 +86,7 @@ def main() -> None:
         "results": [measure(*case, rate) for case in CASES for rate in RATES],
         **provenance.stamp(seed=0),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, args.out)
     json.dump(report, sys.stdout, indent=2)
     print()
 

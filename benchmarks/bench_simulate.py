@@ -9,7 +9,6 @@ of this stream, which no user's habit repeats: they tell nothing of a product's 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from arguments import make_parser, write_report
 from bench_policies import resident_bytes, zipf_stream
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -108,14 +108,12 @@ def measure_alone(policy: str, requests: int, users: int, arguments: list[str]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "simulate.json", seed=True)
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--users", type=int, default=USERS)
     parser.add_argument("--many-users", type=int, default=MANY_USERS, help="one more row with so many, under lru")
     parser.add_argument("--skew", type=float, default=0.8, help="exponent of the law of popularity")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=policy_names(), help="print one policy's row, write nothing")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "simulate.json")
     args = parser.parse_args()
     if not 1000 <= args.requests <= 100_000_000 or not 1000 <= min(args.users, args.many_users) <= 100_000_000:
         parser.error("needs 1,000 to 100,000,000 requests and users")
@@ -138,8 +136,7 @@ def main() -> None:
         "many_users": many,
         **provenance.stamp(seed=args.seed),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, args.out)
     json.dump(report, sys.stdout, indent=2)
     print()
 

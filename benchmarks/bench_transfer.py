@@ -12,8 +12,6 @@ the host has, through `Engine`, against its own transfer and its own compute.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import make_parser, require_gpu, write_report
 from transfer_beside import measure_beside
 from transfer_hit import measure_hit
 from transfer_ways import KINDS, LONG, PAGES, SHAPE, Places, Tiers
@@ -96,13 +95,10 @@ def measure_alone(tiers: Tiers, seed: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "transfer.json", seed=True)
     parser.add_argument("--only", choices=("alone", "beside", "hit"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "transfer.json")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device here; this benchmark is for a machine that has one")
+    require_gpu()
     report: dict[str, Any] = {"stamp": stamp(seed=options.seed, device="cuda:0"), "page_bytes": SHAPE.bytes}
     if options.only in (None, "hit"):
         report["hit"] = measure_hit(options.seed)
@@ -114,7 +110,7 @@ def main() -> int:
         if options.only in (None, "beside"):
             report["beside"] = measure_beside(tiers, options.seed)
         tiers.arena.close()
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, options.out)
     return 0
 
 
