@@ -56,7 +56,12 @@ class Turn:
 
 
 class Turns:
-    """An engine driven by hand, in which each batch asks for users whose states only the host has."""
+    """An engine driven by hand, in which each batch asks for users whose states only the host has.
+
+    `began`: when the last batch's queue was looked at first, by `time.perf_counter`.
+    """
+
+    began = 0.0
 
     def __init__(self, case: Case) -> None:
         model = make_model(case)
@@ -79,8 +84,8 @@ class Turns:
         items = self._rng.integers(0, 10**6, self.case.candidates)
         return [Request(user, self._schema.candidates({"item": items})) for user in users]
 
-    def restore(self, way: str) -> Turn:
-        """A batch of the group that the device does not hold."""
+    def prepare(self, way: str) -> list[Request]:
+        """What a batch of the group that the device does not hold asks, with new behaviours; it is to restore by `way`."""
         self.restoring.way = way
         users = self.groups[self._turn % 2]
         self._turn += 1
@@ -88,7 +93,11 @@ class Turns:
             self.engine.truncate(user, self.case.history)
             self.engine.append(user, self._behaviours(self.case.history, self.case.new))
             self.engine._sequences.get(user)  # as it is there where histories grow
-        requests = self._requests(users)
+        return self._requests(users)
+
+    def restore(self, way: str) -> Turn:
+        """A batch of the group that the device does not hold."""
+        requests = self.prepare(way)
         before = self.engine.stats()["loop_seconds"]
         seconds, results = self.ask(requests)
         after = self.engine.stats()["loop_seconds"]
@@ -107,7 +116,7 @@ class Turns:
         futures, answered = [self.engine.submit(request) for request in requests], []
         for future in futures:
             future.add_done_callback(lambda _: answered.append(time.perf_counter()))
-        began = time.perf_counter()
+        self.began = began = time.perf_counter()
         while len(answered) < len(futures):
             self.engine.step()
         seconds = max(answered) - began

@@ -14,9 +14,9 @@ from mtserve.kernels.token_embedding.batch import TILE_TOKENS
 from mtserve.model.ranking import RankingModel
 from mtserve.model.tokeniser import GAP_THRESHOLDS_MS
 
-# In a trial, 36,000 rows on the host of an H200: 0.73 ms by one thread, 0.41 by two, 0.34 by four, 0.46 by eight; of
-# 143,000 rows 2.1, and 0.8 by eight.
-ROWS_OF_THREAD = 16384
+# One thread lays out 33,000 rows in 0.21 ms (benchmarks/bench_host.py); beginning another takes tens of microseconds, and
+# on busy cores milliseconds.
+ROWS_OF_THREAD = 32_768
 # Sections of the feature rows begin at multiples of this many bytes.
 _ALIGNMENT = 16
 
