@@ -74,8 +74,8 @@ class Timed:
         self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.launches: list[float] = []
         core = engine._core
-        self.runner = runner = core._runner
-        launch, to_copy, start = core._launch, runner._metadata.to_copy, runner.start
+        self.runner = runner = core.served.runner
+        launch, to_copy, start = core.batches.launch, runner._metadata.to_copy, runner.start
 
         def to_copy_noted(*arguments: Any) -> Any:
             self._first = torch.cuda.Event(enable_timing=True)
@@ -95,7 +95,7 @@ class Timed:
             self.launches.append(time.perf_counter() - began)
             return flight
 
-        core._launch, runner.start, runner._metadata.to_copy = launch_noted, start_noted, to_copy_noted
+        core.batches.launch, runner.start, runner._metadata.to_copy = launch_noted, start_noted, to_copy_noted
 
     def forget(self) -> None:
         torch.cuda.synchronize()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mtserve.engine import core, runners, setup
+from mtserve.engine import core, runners, served, setup
 from mtserve.engine.gates import Gates, LayerWaits
 from mtserve.engine.graphs import GraphKey, GraphRunner
 from mtserve.engine.metadata import Capacity, Metadata
@@ -134,8 +134,8 @@ def install(folder: Path) -> None:
         (torch.cuda, "device", _null_device),
         (setup, "resolve_kernels", lambda *_: "cuda"),
         (setup, "_make_mover", _make_mover),
-        (core, "make_runner", lambda model, config, *_: NullRunner(model, config)),
-        (core, "make_unpacker", lambda kernels, packed, states, model: NullUnpacker(states)),
+        (served, "make_runner", lambda model, config, *_: NullRunner(model, config)),
+        (served, "make_unpacker", lambda kernels, packed, states, model: NullUnpacker(states)),
         (core, "known_costs", _known_costs),
     )
     for owner, name, value in patched:

@@ -22,6 +22,7 @@ from mtserve.engine.engine import Engine
 from mtserve.engine.footprint import Footprint, packed_format
 from mtserve.engine.runner import BatchRunner
 from mtserve.engine.runner import Pending as PendingBatch
+from mtserve.engine.served import Served
 from mtserve.engine.setup import DTYPES, page_shape
 from mtserve.errors import TransferFailed
 from mtserve.history.store import HistoryStore
@@ -361,9 +362,15 @@ class World:
     def overlap(self, late: bool = False) -> None:
         """Have the loop plan each batch while the one before it runs; `late`: begins to run only when it is ended."""
         core = self.engine._core
-        make = core._make_runner
-        core._make_runner = lambda model: OverlappingRunner(make(model), late)  # type: ignore[method-assign]
-        core._runner = OverlappingRunner(core._runner, late)
+        serve = core._serve
+
+        def overlapping(model: RankingModel) -> Served:
+            served = serve(model)
+            served.runner = OverlappingRunner(served.runner, late)
+            return served
+
+        core._serve = overlapping  # type: ignore[method-assign]
+        core.served.runner = OverlappingRunner(core.served.runner, late)
 
     def pace(self, token_s: float) -> None:
         """Have the engine believe that a token takes so many seconds to encode."""
@@ -394,7 +401,9 @@ class World:
     def hook(self, op: str, before: Callable[[], None]) -> None:
         """Call `before` each time kernel `op` is launched."""
         core = self.engine._core
-        runner: Any = core._runner.runner if isinstance(core._runner, OverlappingRunner) else core._runner
+        runner: Any = (
+            core.served.runner.runner if isinstance(core.served.runner, OverlappingRunner) else core.served.runner
+        )
         real = getattr(runner._kernels, op)
 
         def hooked(*args: Any) -> Any:

@@ -1,47 +1,34 @@
-"""What the loop owns: queue, tiers, planner, runner. One thread calls it, and nobody else."""
+"""What the loop owns: queue, tiers, batches. One thread calls it, and nobody else."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from mtserve.cache.index import TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine import setup
-from mtserve.engine.answers import Answers
-from mtserve.engine.batch import BatchPlan, EarlyLayers
-from mtserve.engine.flight import Flight
+from mtserve.engine.batches import Batches
 from mtserve.engine.footprint import packed_format
 from mtserve.engine.job import Job
 from mtserve.engine.known_costs import known_costs
 from mtserve.engine.memory import Memory
-from mtserve.engine.onload import MAX_LOADS
 from mtserve.engine.pace import Pace
-from mtserve.engine.planner import Planner
-from mtserve.engine.restoring import Restored
-from mtserve.engine.runner import BatchRunner, Done
-from mtserve.engine.runners import make_runner, max_prefix
+from mtserve.engine.runners import max_prefix
 from mtserve.engine.scheduler import Scheduler, Slot
-from mtserve.engine.sequence import SequenceBuilder, UserSequence
+from mtserve.engine.sequence import UserSequence
+from mtserve.engine.served import Place, Served
 from mtserve.engine.stopwatch import Stopwatch
-from mtserve.engine.tiers import Reservation, Tiers
-from mtserve.engine.unpackers import make_unpacker
-from mtserve.errors import FailedPrecondition, InvalidArgument
-from mtserve.kernels.page_write.rounding import FP8, LARGEST_FP8
+from mtserve.engine.tiers import Tiers
+from mtserve.errors import FailedPrecondition
 from mtserve.metrics import Metrics
 from mtserve.model.ranking import RankingModel
-from mtserve.model.state_bound import state_bound
-from mtserve.model.weights import fingerprint
 from mtserve.restore.costs import Costs
 from mtserve.transfer.chaos import Chaos
-from mtserve.transfer.mover import Fault, Unpacker
+from mtserve.transfer.mover import Fault
 from mtserve.types import Clock, History
 
 log = logging.getLogger(__name__)
@@ -72,10 +59,7 @@ class Core:
         self._metrics = metrics
         self._clock = clock
         self.kernels = setup.resolve_kernels(config, model.config, self.device, self.dtype)
-        self._pace = Pace()
-        self.stopwatch = Stopwatch()
-        self._answers = Answers(metrics, clock, self.invalidate)
-        self._flight: Flight | None = None
+        self._pace, self.stopwatch = Pace(), Stopwatch()
         self._forgotten: set[str] = set()  # deleted users with requests in the queue
         self._shape = setup.page_shape(model.config, config, self.dtype)
         self.scheduler = Scheduler(config, metrics, static_attention=model.config.static_attention)
@@ -87,7 +71,11 @@ class Core:
         try:
             if self.memory is not None:
                 self.tiers = self._make_tiers(model, self.memory, fault, chaos)
-            self._install(model)
+            self._place = Place(config, self.device, self.dtype, self.kernels, self._shape, self.memory)
+            self.batches = Batches(
+                self._serve(model), self.scheduler, self.tiers, metrics, clock, self._pace, self.stopwatch,
+                before_answers=self._forget_again, invalidate=self.invalidate,
+            )  # fmt: skip
             self._restore_by(costs)
         except Exception:
             if self.memory is not None:
@@ -103,62 +91,37 @@ class Core:
         mover = setup.make_link(memory.link, memory.arena, self._clock, fault, chaos)
         return Tiers(index, mover, memory.footprint, config, self._metrics, self._clock, max_prefix(model))
 
-    def _install(self, model: RankingModel) -> None:
-        if model.device != self.device or model.dtype != self.dtype:
-            model = copy.deepcopy(model).to(self.device, self.dtype)
-        self._check_range(model)
-        digest = fingerprint(model)
-        key = f"{digest} {self.dtype} {self._shape.dtype} {self._shape.sizes}"
-        builder = SequenceBuilder(model.config, model.schema, key)
-        planner, runner = Planner(model, self.config.page_tokens), self._make_runner(model)
-        unpacker = self._make_unpacker(model)
-        # All or nothing: what the weights of one model packed, those of another would unpack to wrong states.
-        self.model, self.fingerprint, self.builder = model, digest, builder
-        self._no_logits = np.empty((0, len(model.config.tasks)), dtype=np.float32)
-        self._planner, self._runner = planner, runner
-        if unpacker is not None and self.tiers is not None:
-            self.tiers.unpack_by(unpacker)
+    @property
+    def served(self) -> Served:
+        """The model that the next batch is served with."""
+        return self.batches.served
 
-    def _check_range(self, model: RankingModel) -> None:
-        """Raises InvalidArgument for weights whose K and V the pages may not be able to hold."""
-        if self.memory is None or self._shape.dtype != FP8:
-            return
-        bound = state_bound(model)
-        if not bound <= LARGEST_FP8:
-            raise InvalidArgument(
-                f"this model's K and V may reach {bound:.4g}, and 'fp8' holds no more than {LARGEST_FP8:g}",
-                field="gpu_format",
-            )
+    def _serve(self, model: RankingModel) -> Served:
+        """What serves `model` from now on."""
+        served = self._place.serve(model)
+        if served.unpacker is not None and self.tiers is not None:
+            self.tiers.unpack_by(served.unpacker)
+        return served
 
     def _restore_by(self, costs: Costs | None) -> None:
         """Let batches decide how states come back, where anything is known of what that costs."""
-        config, model = self.config, self.model.config
+        config, served = self.config, self.served
         if self.tiers is None or self.memory is None or not self.memory.arena.ready or config.restore != "auto":
             return
         if costs is None and self.kernels == "cuda":
             costs = known_costs(
-                self._runner, self._planner, self.builder, self.tiers.mover, self.model, config, self.kernels,
+                served.runner, served.planner, served.builder, self.tiers.mover, served.model, config, self.kernels,
                 host_pages=self.memory.arena.ready,
             )  # fmt: skip
         if costs is not None:
-            self.tiers.restore_by(costs, frozen_sees_all=model.static_attention == "full")
-
-    def _make_runner(self, model: RankingModel) -> BatchRunner:
-        if self.memory is None:
-            return make_runner(model, self.config, self.kernels, None)
-        return make_runner(model, self.config, self.kernels, self.memory.pool, self.memory.packed)
-
-    def _make_unpacker(self, model: RankingModel) -> Unpacker | None:
-        if self.memory is None or self.memory.packed is None:
-            return None
-        return make_unpacker(self.kernels, self.memory.packed, self.memory.pool, model)
+            self.tiers.restore_by(costs, frozen_sees_all=served.model.config.static_attention == "full")
 
     def admit(self, job: Job) -> None:
         """Queue `job`. Raises ResourceExhausted when the queue is full."""
         if job.replaces is not None and (self.tiers is None or not self.tiers.holds(job.replaces)):
             job.future.cancel()
             return
-        if job.sequence.seed != self.builder.seed:  # the model was replaced after the request was made
+        if job.sequence.seed != self.served.builder.seed:  # the model was replaced after the request was made
             job.sequence = self._rebuilt(job.sequence)
         self.scheduler.add(job)
 
@@ -172,19 +135,20 @@ class Core:
         self.scheduler.drop_hopeless(now, self._pace.token_s(now))
         progress = self._finish_copies(now)
         lap("copies")
-        idle = self._flight is None
+        batches = self.batches
+        idle = batches.flight is None
         slots = self.scheduler.take(self._cached, self._spare, self._restorable, idle=idle)
-        launched = self._launch(slots) if slots else None
+        launched = batches.launch(slots) if slots else None
         lap("planning")
         try:
             if idle and self._restores:
                 progress |= self._onload()  # what the batch that was to come first has left
                 lap("copies")
-            landed = self.land()
+            landed = batches.land()
         finally:
-            self._flight = launched
-        if not self._runner.overlaps:
-            self.land()
+            batches.flight = launched
+        if not self.served.runner.overlaps:
+            batches.land()
         lap("answers")
         if self.tiers is not None:
             self.tiers.write_back()
@@ -201,7 +165,7 @@ class Core:
             return False
         ended = self.tiers.finish()
         self.tiers.survey(self.scheduler.head(), self._pace.token_s(now))
-        if self._flight is None and self._restores:
+        if self.batches.flight is None and self._restores:
             return ended > 0
         self._onload()
         return self.tiers.finish() + ended > 0
@@ -223,119 +187,6 @@ class Core:
     def _restorable(self, job: Job) -> int | None:
         return None if self.tiers is None else self.tiers.restorable(job)
 
-    def _launch(self, slots: Sequence[Slot]) -> Flight | None:
-        """Reserve, plan and start a batch; None when that failed, and its requests with it."""
-        began = self._clock()
-        reservation: Reservation | None = None
-        parts = [slot for slot in slots if slot.partial]
-        try:
-            if self.tiers is not None and slots[0].keep:
-                reservation = self.tiers.reserve(slots)
-            self._metrics.count("spare_requests_total", sum(len(slot.jobs) for slot in slots if not slot.keep))
-            early = self._start_early(slots, reservation)
-            plan = self._planner.plan(slots, reservation, self._runner.room)
-            # A part that found no pages was planned whole: its jobs, which `take` left queued, are answered now.
-            self.scheduler.remove([job for slot in parts if not slot.partial for job in slot.jobs])
-            # Nothing to encode and nothing to score: a prefetch that found all of its states.
-            arrivals = None if reservation is None else reservation.arrivals
-            launched = self.stopwatch.lap("planning")
-            pending = self._runner.start(plan, arrivals, early) if plan.tokens else Done(self._no_logits)
-            self.stopwatch.lap("planning" if self._runner.overlaps else "device")
-            return Flight(slots, reservation, plan, pending, began, launched)
-        except Exception as error:
-            log.exception("a batch of %d users failed", len(slots))
-            try:
-                self._runner.settle()  # what it had begun may still write its pages
-            finally:
-                self._fail(slots, reservation, error)
-            return None
-
-    def _start_early(self, slots: Sequence[Slot], reservation: Reservation | None) -> EarlyLayers | None:
-        """Plan and start the layers of a batch that come before those that are loaded, where there are both."""
-        restored = None if reservation is None else reservation.restored
-        if reservation is None or restored is None or not restored.loads or not restored.choice.first_layer:
-            return None
-        before = reservation.early([slot.user_id for slot in slots])
-        plan = self._planner.plan(slots, before, self._runner.early_room)
-        early = EarlyLayers(plan, restored.choice.first_layer)
-        self._runner.start_early(early)
-        return early
-
-    def land(self) -> bool:
-        """Wait for the batch under way and answer it; False when there is none."""
-        flight, self._flight = self._flight, None
-        if flight is None:
-            return False
-        try:
-            self.stopwatch.lap("answers")
-            logits = flight.pending.result()
-            self.stopwatch.landed(flight.launched, self.stopwatch.lap("device"))
-            waited = flight.pending.waited()
-        except Exception as error:
-            log.exception("a batch of %d users failed", len(flight.slots))
-            self._fail(flight.slots, flight.reservation, error)
-            return True
-        now = self._clock()
-        seconds = now - flight.began
-        restored = None if flight.reservation is None else flight.reservation.restored
-        # The link's time says nothing of what a token takes.
-        self._pace.landed(flight.began, now, 0 if restored is not None and restored.loads else flight.plan.tokens)
-        try:
-            self._commit(flight.slots, flight.reservation, flight.plan, logits, seconds)
-        except Exception as error:  # ours, or the device's end: the loop stops, but nobody waits for ever
-            for job in [job for slot in flight.slots for job in slot.jobs]:
-                job.fail(error)
-            raise
-        self._note_landed(waited, restored, seconds)  # which nobody has to wait for
-        return True
-
-    def _note_landed(self, waited: dict[int, float], restored: Restored | None, seconds: float) -> None:
-        """Count how long a batch's layers waited for loads, and hold what it took to what was predicted."""
-        if waited:
-            groups = [("load_wait_seconds_total", each, str(group)) for group, each in enumerate(waited.values())]
-            self._metrics.count_many((("batches_over_loads_total", 1, ""), *groups))
-        if restored is not None and self.tiers is not None:
-            self.tiers.restored(restored, seconds)
-
-    def _commit(
-        self,
-        slots: Sequence[Slot],
-        reservation: Reservation | None,
-        plan: BatchPlan,
-        logits: npt.NDArray[np.float32],
-        seconds: float,
-    ) -> None:
-        """Make the new states findable and answer."""
-        spoiled: list[str] = []
-        if self.tiers is not None and reservation is not None:
-            spoiled = self.tiers.release(reservation, slots, success=True)
-        cached = [0] * len(slots) if reservation is None else reservation.cached.tolist()
-        for slot, tokens in zip(slots, cached, strict=True):
-            if slot.user_id in spoiled:
-                self._try_again(slot)
-                continue
-            for job in slot.jobs:
-                job.found(tokens)
-        self._forget_again([slot for slot in slots if slot.user_id not in spoiled])
-        self._answers.give(plan, logits, self.model.config.tasks, seconds, without=spoiled)
-
-    def _try_again(self, slot: Slot) -> None:
-        """A load failed under the batch: what it computed of this user is void."""
-        for job in slot.jobs:
-            job.loads, job.loaded_from = MAX_LOADS, -1  # encode instead
-        if not slot.partial:  # the jobs of a part are still queued
-            self.scheduler.put_back(slot.jobs)
-
-    def _fail(self, slots: Sequence[Slot], reservation: Reservation | None, error: Exception) -> None:
-        """A crashed step fails its requests and leaks no page."""
-        if self.tiers is not None and reservation is not None:
-            self.tiers.release(reservation, slots, success=False)
-        jobs = [job for slot in slots for job in slot.jobs]
-        self.scheduler.remove(jobs)
-        for job in jobs:
-            if job.fail(error):
-                self._metrics.count("failed_total")
-
     def invalidate(self, user_id: str | None) -> int:
         """Forget the states of one user, or of all; returns how many users had any."""
         return 0 if self.tiers is None else self.tiers.invalidate(user_id)
@@ -351,7 +202,8 @@ class Core:
     def forget(self, user_id: str) -> None:
         """Forget a deleted user's states, and those that its last queued requests are yet to make."""
         self.invalidate(user_id)
-        under_way = [] if self._flight is None else [job for slot in self._flight.slots for job in slot.jobs]
+        flight = self.batches.flight
+        under_way = [] if flight is None else [job for slot in flight.slots for job in slot.jobs]
         if any(job.user_id == user_id for job in (*self.scheduler.jobs(), *under_way)):
             self._forgotten.add(user_id)
 
@@ -363,12 +215,13 @@ class Core:
 
     def replace_model(self, model: RankingModel) -> None:
         """Serve other weights of the same configuration from the next batch on. States of the old one are never used again."""
-        if dataclasses.replace(model.config, name=self.model.config.name) != self.model.config:
+        before = self.served.model
+        if dataclasses.replace(model.config, name=before.config.name) != before.config:
             raise FailedPrecondition("its configuration differs from the served model's", field="model")
-        if model.schema != self.model.schema:
+        if model.schema != before.schema:
             raise FailedPrecondition("its feature schema differs from the served model's", field="model")
-        self.land()
-        self._install(model)
+        self.batches.land()
+        self.batches.served = self._serve(model)
         self.invalidate(None)
         for job in self.scheduler.jobs():
             job.sequence = self._rebuilt(job.sequence)
@@ -377,11 +230,13 @@ class Core:
     def _rebuilt(self, sequence: UserSequence) -> UserSequence:
         """`sequence` under the present model; its cut depends on configuration that both models share."""
         history = History(sequence.features, sequence.cut.start, sequence.kept)
-        return self.builder.build(sequence.user_id, history)
+        return self.served.builder.build(sequence.user_id, history)
 
     def busy(self) -> bool:
         """Whether requests wait or copies are under way."""
-        return len(self.scheduler) > 0 or self._flight is not None or (self.tiers is not None and self.tiers.busy())
+        return (
+            len(self.scheduler) > 0 or self.batches.flight is not None or (self.tiers is not None and self.tiers.busy())
+        )
 
     def due_in(self) -> float:
         """Seconds until there is something to do by itself; infinity when nothing is."""
@@ -396,7 +251,7 @@ class Core:
     def stats(self) -> dict[str, Any]:
         """JSON-able facts about the model, the queue, the tiers and the runner (since the model was installed)."""
         return {
-            "model": {"name": self.model.config.name, "fingerprint": self.fingerprint},
+            "model": {"name": self.served.model.config.name, "fingerprint": self.served.fingerprint},
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "kernels": self.kernels,
@@ -408,7 +263,7 @@ class Core:
             "transfers": {} if self.tiers is None else self.tiers.transfers(),
             "restoring": {} if self.tiers is None else self.tiers.predictions(),
             "host_memory": {} if self.memory is None else self.memory.facts(),
-            "runner": self._runner.stats(),
+            "runner": self.served.runner.stats(),
             "loop_seconds": dict(self.stopwatch.seconds),
             "batch_seconds": self.stopwatch.batch_s,
         }
@@ -416,7 +271,7 @@ class Core:
     def close(self, error: Exception) -> None:
         """Answer what still waits with `error` and let the batch and every copy under way end."""
         try:
-            self.land()
+            self.batches.land()
         except Exception:
             log.exception("the last batch could not be answered")
         for job in self.scheduler.clear():

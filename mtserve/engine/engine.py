@@ -64,7 +64,7 @@ class Engine:
         self._clock = clock
         snapshot_bytes = parse_capacity(self.config.snapshot_cache, of=available_memory(), field="snapshot_cache")
         self._core = Core(model, self.config, self.metrics, clock, fault, background=start, costs=costs)
-        self._sequences = SequenceCache(self.history, self._core.builder, snapshot_bytes)
+        self._sequences = SequenceCache(self.history, self._core.served.builder, snapshot_bytes)
         self._loop = Loop(self._core, start=start)
         self._grow_host_tier()
         self._hints = Hints(self._read_and_encode, self.metrics, limit=self.config.max_queue, start=start)
@@ -72,11 +72,11 @@ class Engine:
     @property
     def model(self) -> RankingModel:
         """The model as served: on the engine's device, in its dtype."""
-        return self._core.model
+        return self._core.served.model
 
     @property
     def schema(self) -> FeatureSchema:
-        return self._core.model.schema
+        return self._core.served.model.schema
 
     # Histories
 
@@ -239,7 +239,7 @@ class Engine:
 
         def replace() -> None:
             self._core.replace_model(model)
-            self._sequences.rebuild(self._core.builder)
+            self._sequences.rebuild(self._core.served.builder)
 
         self._loop.call(replace)
 

@@ -32,7 +32,7 @@ def test_a_batch_that_neither_starts_nor_settles_is_answered(world: Make) -> Non
     w = world(start=True)
     w.put("a", 5)
     w.put("b", 5)
-    w.engine._core._runner.start = w.engine._core._runner.settle = _device_is_gone  # type: ignore[method-assign]
+    w.engine._core.served.runner.start = w.engine._core.served.runner.settle = _device_is_gone  # type: ignore[method-assign]
     pending = w.submit("a")
     with pytest.raises(CudaError, match="700"):
         pending.future.result(10)
@@ -53,7 +53,7 @@ def test_the_batch_before_one_that_neither_starts_nor_settles_is_answered(world:
     w.overlap()
     before = w.submit("a")
     w.step()
-    w.engine._core._runner.start = w.engine._core._runner.settle = _device_is_gone  # type: ignore[method-assign]
+    w.engine._core.served.runner.start = w.engine._core.served.runner.settle = _device_is_gone  # type: ignore[method-assign]
     broken = w.submit("b")
     with pytest.raises(CudaError):
         w.step()

@@ -35,7 +35,7 @@ def test_a_user_deleted_before_its_batch_over_a_load_ends_has_no_states(world: M
     w.engine._loop.run_inbox()
     if when == "in a batch":
         w.step()
-        assert (mover.overlapped, w.engine._core._flight is not None) == (1, True)
+        assert (mover.overlapped, w.engine._core.batches.flight is not None) == (1, True)
     w.delete("a")
     for _ in range(5):
         w.step()

@@ -289,7 +289,7 @@ def test_one_slow_batch_does_not_doom_those_that_come_after(world: Make) -> None
     w.hook("attention", lambda: setattr(w.clock, "now", w.clock.now + 5))  # as compiling would
     w.score("a")
     w.hook("attention", lambda: None)
-    w.engine._core._runner = w.engine._core._make_runner(w.engine.model)
+    w.engine._core.batches.served = w.engine._core._serve(w.engine.model)
     doomed = w.submit("a", deadline=w.clock() + 0.2)
     w.run()
     assert isinstance(doomed.future.exception(0), DeadlineExceeded)

@@ -75,7 +75,7 @@ def test_cancelled_while_a_load_fails_under_its_batch_is_not_encoded_again(world
     failing = True
     pending = w.submit("a")
     w.step()
-    assert (mover.overlapped, w.engine._core._flight is not None) == (1, True)
+    assert (mover.overlapped, w.engine._core.batches.flight is not None) == (1, True)
     assert pending.future.cancel()
     batches = w.value("batches_total")
     w.run()

@@ -215,12 +215,12 @@ def test_a_configuration_found_wrong_later_leaves_nothing_pinned(pinned_by: Pinn
 def test_a_runner_that_cannot_be_made_leaves_nothing_pinned(
     pinned_by: PinnedBy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unmade(core: Any, model: Any) -> None:
+    def unmade(*_: Any) -> None:
         assert len(pinning.pinned) == 4
         raise RuntimeError("no kernel fits")
 
     pinning = StepwisePinning(allowed=100)
-    monkeypatch.setattr("mtserve.engine.core.Core._make_runner", unmade)
+    monkeypatch.setattr("mtserve.engine.served.make_runner", unmade)
     with pytest.raises(RuntimeError, match="no kernel fits"):
         World(small_model(), **pinned_by(pinning))
     assert pinning.pinned == []

@@ -234,13 +234,13 @@ def test_a_batch_has_room_for_what_its_own_loads_evict(world: Make) -> None:
     assert (w.held("a"), w.held("b")) == ((12, PREFIX), (0, PREFIX))
     w.restore_at(LAYERS)
     rows: list[int] = []
-    start = w.engine._core._runner.start
+    start = w.engine._core.served.runner.start
 
     def counted(plan: Any, *arguments: Any) -> Any:
         rows.append(plan.rows)
         return start(plan, *arguments)
 
-    w.engine._core._runner.start = counted  # type: ignore[method-assign]
+    w.engine._core.served.runner.start = counted  # type: ignore[method-assign]
     pending = [w.submit(user) for user in "ba"]
     w.step()
     settle(w, mover)

@@ -95,7 +95,7 @@ def test_a_model_replaced_while_the_batch_is_under_way(world: Make, host_format:
         Crash(w, 0)
         w.step()
     queued = w.submit("b")
-    w.engine._core.land()
+    w.engine._core.batches.land()
     assert all(each.future.done() for each in pending)
     if not failed:
         for each in pending:
@@ -127,7 +127,7 @@ def test_a_model_for_which_there_is_no_room_replaces_nothing(
         raise ResourceExhausted("no room for its activations", field="gpu_cache")
 
     with monkeypatch.context() as short:
-        short.setattr("mtserve.engine.core.make_runner", no_room)
+        short.setattr("mtserve.engine.served.make_runner", no_room)
         with pytest.raises(ResourceExhausted):
             w.engine.replace_model(small_model(1, layers=LAYERS, d=32))
     assert w.engine.stats()["model"] == served

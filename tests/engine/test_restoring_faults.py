@@ -126,7 +126,7 @@ def test_a_batch_that_does_not_start(world: Make, layer: int) -> None:
     on_the_host(w, "a", "b")
     mover = w.delay_copies()
     w.restore_at(layer)
-    runner = w.engine._core._runner
+    runner = w.engine._core.served.runner
     start, broken = runner.start, [True]
 
     def start_or_not(*arguments: Any) -> Any:
@@ -154,7 +154,7 @@ def test_a_batch_that_cannot_be_planned(world: Make, where: str) -> None:
     mover = w.delay_copies()
     w.restore_at(2)
     core: Any = w.engine._core
-    owner, name = (core.tiers.index, "begin_batch") if where == "index.begin_batch" else (core._planner, "plan")
+    owner, name = (core.tiers.index, "begin_batch") if where == "index.begin_batch" else (core.served.planner, "plan")
     real, left = getattr(owner, name), [2 if where == "plan early" else 1]
 
     class Broken:
@@ -170,7 +170,7 @@ def test_a_batch_that_cannot_be_planned(world: Make, where: str) -> None:
     if where == "index.begin_batch":
         core.tiers.index = Broken()
     else:
-        core._planner = Broken()
+        core.served.planner = Broken()
     pending = [w.submit(user) for user in "ab"]
     w.step()
     assert all(isinstance(each.future.exception(0), RuntimeError) for each in pending)

@@ -236,7 +236,7 @@ class EngineMachine(RuleBasedStateMachine):
         if user is not None or not replace:
             self.world.engine.invalidate(user)
         else:
-            self.world.engine._core.land()  # what is under way is answered by the old weights
+            self.world.engine._core.batches.land()  # what is under way is answered by the old weights
             self._answered()
             self.world.replace(self.models[1] if self.world.truth is self.models[0] else self.models[0])
 

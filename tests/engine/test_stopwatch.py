@@ -74,8 +74,8 @@ def test_each_part_of_a_step_is_booked_as_what_it_is(script: Script, monkeypatch
     for owner, name, seconds in (
         (core, "admit", 1.0),
         (core.tiers, "onload", 2.0),
-        (core._planner, "plan", 4.0),
-        (core._runner, "start", 8.0),
+        (core.served.planner, "plan", 4.0),
+        (core.served.runner, "start", 8.0),
         (core.tiers, "release", 16.0),
         (core.tiers, "write_back", 32.0),
     ):
@@ -127,8 +127,8 @@ def test_a_batch_under_way_while_the_next_is_planned_counts_from_its_launch(
     for user in ("ann", "bob"):
         world.put(user, 9)
     world.run()
-    core._runner = SlowRunner(script, core._runner)
-    monkeypatch.setattr(core._planner, "plan", script.before(4.0, core._planner.plan))
+    core.served.runner = SlowRunner(script, core.served.runner)
+    monkeypatch.setattr(core.served.planner, "plan", script.before(4.0, core.served.planner.plan))
     pending = [world.submit(user) for user in ("ann", "bob")]
     before = _loop(world)
     world.run()

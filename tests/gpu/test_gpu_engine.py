@@ -293,7 +293,7 @@ def _errors(pending: list[Pending], truth: list[np.ndarray]) -> list[float]:  # 
 def _delayed(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies both ways and batches begin late at random, a load's last layers above all."""
     rng = np.random.default_rng(8)
-    mover, runner = w.tiers.mover, w.engine._core._runner
+    mover, runner = w.tiers.mover, w.engine._core.served.runner
 
     def cycles(*milliseconds: float) -> int:
         return int(rng.choice(milliseconds) * MS)
@@ -364,7 +364,7 @@ def test_every_byte_of_copies_beside_late_batches(world: Make, monkeypatch: pyte
 def test_a_store_begins_only_after_the_batch_that_wrote_its_pages(world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mover waits for no stream: the engine submits a store once it has seen the batch done."""
     w = _overlapping(world, monkeypatch, small_model(5, **OVERLAPPED))
-    tiers, runner = w.tiers, w.engine._core._runner
+    tiers, runner = w.tiers, w.engine._core.served.runner
     reserve, start, submit = tiers.reserve, runner.start, tiers.mover.submit
     reserved: dict[str, range] = {}  # tokens that the batch now being planned will write
     launched: list[tuple[Any, dict[str, range]]] = []
