@@ -69,6 +69,10 @@ def kernel(**changes: Any) -> _core._PageKernel:
     return _core._PageKernel(**{**given, **changes})
 
 
+# The collector may run in a queue's thread, inside one of the functions that it would free.
+ALIVE: list[Driver] = []
+
+
 class Driver:
     """The driver's functions: they note what they are handed, copy at once, and fail when told to."""
 
@@ -90,6 +94,7 @@ class Driver:
         if not batches:
             functions["copy_batch"] = 0
         self.queue = _core._DriverQueue(**functions, batch_reports_failed=reports_failed, context=CONTEXT)
+        ALIVE.append(self)
 
     def _function(self, name: str) -> Callable[..., int]:
         def call(*arguments: Any) -> int:
