@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mtserve import provenance
 from mtserve._core import _Simulation, policy_names
+from mtserve.config import EngineConfig
 from mtserve.trace.csr import earlier_in_group
 from mtserve.trace.simulate.demand import Demand
 from mtserve.trace.simulate.run import BatchLimits
@@ -67,7 +68,9 @@ def measure(policy: str, requests: int, users: int, skew: float, seed: int) -> d
     before = resident_bytes()
     start, start_cpu = time.perf_counter(), time.process_time()
     gpu_pages, host_pages = int(pages * GPU_SHARE), int(pages * HOST_SHARE)
-    simulation = _Simulation(PAGE_TOKENS, gpu_pages, host_pages, policy, *BatchLimits(), 0.1, users, None, None)
+    simulation = _Simulation(
+        PAGE_TOKENS, gpu_pages, host_pages, policy, *BatchLimits(), EngineConfig.pin_budget, users, None, None
+    )
     for first in range(0, requests, BLOCK):
         part = slice(first, first + BLOCK)
         simulation.run(demand.t_s[part], demand.counts(part), gpu[part], host[part], None)
