@@ -31,6 +31,9 @@ class Copies(NamedTuple):
     spans: npt.NDArray[np.int64]
 
 
+# The collector may run in a queue's thread, inside one of the functions that it would free.
+ALIVE: list[dict[str, Any]] = []
+
 Before = Callable[[Copies], int]
 """Called by the queue's thread before the driver: the code to fail with instead of asking it, 0 for none."""
 
@@ -42,7 +45,7 @@ def interpose(monkeypatch: pytest.MonkeyPatch, mover: CudaMover, kind: str, befo
     with monkeypatch.context() as patched:
         patched.setattr(queues, "address_of", lambda name: _address(calls[name]) if name in calls else address_of(name))
         made = DriverQueue(current_context())
-    made.kept = calls  # type: ignore[attr-defined]  # as long as the thread may call them
+    ALIVE.append(calls)
     if "submit" in vars(lane.queue):
         in_step(made)
     monkeypatch.setattr(lane, "queue", made)

@@ -23,21 +23,28 @@ COPY_2D_WORDS = 16  # of CUDA_MEMCPY2D, 8 bytes each
 SOURCE, SOURCE_PITCH, TO, TO_PITCH, WIDTH, ROWS = 4, 6, 11, 13, 14, 15  # of these
 
 
+# Queues' threads may outlive what a test still holds, and the collector may run in them.
+ALIVE: list[DriverFunctions] = []
+# Called by a queue's thread as it begins, perhaps while who ends it keeps the interpreter's lock: of C, and harmless.
+SET_CONTEXT = ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p).value or 0
+
+
 class DriverFunctions:
     """What a queue is given instead of the driver's functions; `broken`: what went wrong in them."""
 
     def __init__(self, driver: FakeDriver) -> None:
         self._driver = driver
         self.broken: list[BaseException] = []
+        ALIVE.append(self)
         kinds: dict[str, tuple[Any, ...]] = {
-            "set_context": (P,), "copy": (P, P, SIZE, P), "copy_batch": (P, P, P, SIZE, P, P, SIZE, P),
+            "copy": (P, P, SIZE, P), "copy_batch": (P, P, P, SIZE, P, P, SIZE, P),
             "copy_2d": (P, P), "record": (P, P), "wait_event": (P, P, ctypes.c_uint), "launch": (P, P, ctypes.POINTER(P), P),
         }  # fmt: skip
         self._kept = {name: ctypes.CFUNCTYPE(INT, *kind)(self._guarded(name)) for name, kind in kinds.items()}
 
     def queue(self, context: int) -> _core._DriverQueue:
         addresses = {name: ctypes.cast(each, P).value or 0 for name, each in self._kept.items()}
-        return _core._DriverQueue(**addresses, batch_reports_failed=False, context=context)
+        return _core._DriverQueue(set_context=SET_CONTEXT, **addresses, batch_reports_failed=False, context=context)
 
     def _guarded(self, name: str) -> Callable[..., int]:
         def call(*arguments: Any) -> int:
@@ -48,9 +55,6 @@ class DriverFunctions:
                 return 1
 
         return call
-
-    def set_context(self, context: int) -> None:
-        pass
 
     def copy_batch(self, to: int, source: int, sizes: int, count: int, attributes: int, used_from: int, used: int, stream: int) -> int:  # fmt: skip
         lists = [np.ctypeslib.as_array((ctypes.c_int64 * count).from_address(each)) for each in (to, source, sizes)]
