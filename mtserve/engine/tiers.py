@@ -243,6 +243,8 @@ class Tiers:
         """Start copying to the host what it does not have yet, as far as the link's queue has room."""
         if len(self._write_back):
             self._begin_stores()
+        else:
+            self._deferred = False
         self._metrics.set("unsaved_users", len(self._write_back))
 
     def _begin_stores(self) -> None:
