@@ -64,7 +64,8 @@ class NullRunner(GraphRunner):
         width = -(-runners.max_prefix(model) // config.page_tokens)
         rows = runners.largest_batch(model, config)
         capacity = Capacity.of(model.schema, rows, config.max_batch_requests, width)
-        tasks, groups = len(model.config.tasks), layer_groups(layers)
+        tasks, self._groups = len(model.config.tasks), layer_groups(layers)
+        groups = self._groups
         self._model, self._capture, self._layers = model, True, layers
         self._stack: Any = NullStack(model.config.heads, model.config.head_dim)
         self._metadata, self._early = Metadata(capacity, cpu), Metadata(capacity, cpu)

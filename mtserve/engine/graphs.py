@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +41,8 @@ RUNS_BEFORE_CAPTURE = 3
 class GraphKey(NamedTuple):
     """What a captured graph is good for: any batch of this bucket, tile, mode of the attention's output and need to wait.
 
-    Layers [first, last): all, or one of the two parts of a split batch.
+    Layers [first, last): all, or some of a split batch's, `early` of its first part. No layers: what the second part takes
+    over from the first.
     """
 
     rows: int
@@ -48,6 +51,20 @@ class GraphKey(NamedTuple):
     gated: bool  # waits for pages on their way
     first: int
     last: int
+    early: bool = False
+
+
+def segments(part: GraphKey, groups: Sequence[int], layers: int) -> list[GraphKey]:
+    """The graphs, one behind the other, that make a part of a batch: a whole batch is one.
+
+    Those of a split batch end where groups of layers do, whose first layers are `groups`: so most of them are good for
+    batches that are split anywhere, which are hardly ever split at one layer often enough.
+    """
+    if not part.early and part.first == 0:
+        return [part]
+    bounds = [part.first, *(group for group in groups if part.first < group < part.last), part.last]
+    run = [part._replace(first=first, last=last) for first, last in pairwise(bounds)]
+    return run if part.early else [GraphKey(part.rows, 0, False, False, 0, 0), *run]
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,7 @@ class GraphRunner:
             groups = layer_groups(model.config.layers)
             self._waits = LayerWaits(groups)
             self._gates = [Gates(self._waits, groups) for _ in range(2)]
+            self._groups = groups
             self._copy = HostCopy()
             self._context = current_context()
             self._capturing = OwnStream()  # what others queued on it meanwhile would become part of the graph
@@ -116,7 +134,8 @@ class GraphRunner:
     def start_early(self, early: EarlyLayers) -> None:
         """Launch the first layers of the batch laid out in `early_room`."""
         stream = self._enter()
-        self._launch(self._stage(self._early, early.plan, stream, gated=False, first=0, last=early.layers), stream)
+        part = self._stage(self._early, early.plan, stream, gated=False, first=0, last=early.layers)
+        self._launch(part._replace(early=True), stream)
 
     def start(self, plan: BatchPlan, arrivals: Arrivals | None = None, early: EarlyLayers | None = None) -> Launched:
         """Launch the batch laid out in `room`, or what `early` has left of it; nothing here waits for the device.
@@ -124,12 +143,12 @@ class GraphRunner:
         At most one other may be under way.
         """
         stream, first, gates = self._enter(), 0 if early is None else early.layers, None
-        key = self._stage(self._metadata, plan, stream, gated=arrivals is not None, first=first, last=self._layers)
+        part = self._stage(self._metadata, plan, stream, gated=arrivals is not None, first=first, last=self._layers)
         if arrivals is not None:
             self._gates.reverse()
             gates = self._gates[0]
             gates.open_at(arrivals, stream)
-        self._launch(key, stream)
+        self._launch(part, stream)
         self._answers.reverse()
         pinned, done = self._answers[0]
         logits = pinned[: plan.candidates].numpy()
@@ -149,7 +168,7 @@ class GraphRunner:
     def _stage(
         self, metadata: Metadata, plan: BatchPlan, stream: int, *, gated: bool, first: int, last: int
     ) -> GraphKey:
-        """Plan the attention's work and start the copy to the device; the graph that the batch needs."""
+        """Plan the attention's work and start the copy to the device; the part of a batch that is staged."""
         bucket = bucket_rows(plan.rows)
         options = self._stack.work_options
         work = metadata.plan_attention(bucket, plan, **options)
@@ -162,28 +181,29 @@ class GraphRunner:
         direct = work.max_splits <= 1 and not options["deterministic"]  # a rounded sum is another than an unrounded one
         return GraphKey(bucket, work.tile_rows, direct, gated, first, last)
 
-    def _launch(self, key: GraphKey, stream: int) -> None:
-        """The forward over the staged batch, on the current stream."""
-        if not self._capture:
-            self._run(key)
-            return
-        graph = self._graphs.get(key) or self._captured(key)
-        if graph is None:
-            self._run(key)
-            return
-        self._graphs.move_to_end(key)
-        graph.launch(stream)
+    def _launch(self, part: GraphKey, stream: int) -> None:
+        """The forward over the staged part, on the current stream."""
+        for key in segments(part, self._groups, self._layers):
+            graph = (self._graphs.get(key) or self._captured(key)) if self._capture else None
+            if graph is None:
+                self._run(key)
+                continue
+            self._graphs.move_to_end(key)
+            graph.launch(stream)
 
     @torch.inference_mode()
     def _run(self, key: GraphKey) -> None:
-        bucket, metadata = key.rows, self._metadata if key.last == self._layers else self._early
-        x = (self._stack.buffers.x if key.first == 0 else self._late)[:bucket]
+        bucket, metadata = key.rows, self._early if key.early else self._metadata
+        late, x = self._late[:bucket], self._stack.buffers.x[:bucket]
+        if key.last == 0:
+            slots, count = metadata.on_device(bucket, "slots"), metadata.on_device(bucket, "counts")[1:2]
+            late_rows(self._stack.buffers.x, self._early.slots, slots, count, late)
+            return
         if key.first == 0:
             names = ("tiles", "row", "source", "position", "bucket", "raw")
             self._embedding.run(**{name: metadata.on_device(bucket, name) for name in names}, x=x)
-        else:
-            slots, count = metadata.on_device(bucket, "slots"), metadata.on_device(bucket, "counts")[1:2]
-            late_rows(self._stack.buffers.x, self._early.slots, slots, count, x)
+        elif not key.early:
+            x = late
 
         def wait(layer: int) -> None:
             self._waits.before(layer, first=layer == key.first)
