@@ -6,7 +6,7 @@ restored  whole batches of users whose states only the host has, as bench_restor
           the first look at the queue: until the link could begin (`link`), until the layers that are encoded meanwhile were
           launched (`early`), until all was launched (`launched`), and the last answer (`answered`).
 warm      batches of users whose states the device has, a few behaviours more each.
-rows      laying out a batch of so many rows, by how many rows a thread takes (`rows_of_thread`).
+rows      laying out a batch of so many rows, by how many rows a part has that a thread takes at once (`rows_of_part`).
 Medians. Before anything is timed, a small batch's layout is held against the same one by a single thread.
 """
 
@@ -50,7 +50,7 @@ WAYS = ("recompute", "load", "split")
 WARM_UP = 10
 WARM_BATCHES, WARM_HISTORY = (1, 8, 32), 1024
 LAYOUT_USERS, LAYOUT_HISTORIES = 8, (512, 4096, 16_384)
-ROWS_OF_THREAD = (1 << 24, 32_768, 16_384, 8192, 4096)
+ROWS_OF_PART = (1 << 24, 16_384, 8192, 4096, 2048)
 
 
 class Marks:
@@ -145,14 +145,14 @@ class Layouts:
         size = BatchSize(self.rows, LAYOUT_USERS, pages, 1 << 26, tile_capacity(self.rows, users + 2))
         self.arrays = BatchArrays.empty(size)
 
-    def layout(self, rows_of_thread: int) -> _core._BatchLayout:
+    def layout(self, rows_of_part: int) -> _core._BatchLayout:
         sizes = (
             each.itemsize
             for each in (self._schema.user_dtype, self._schema.behaviour_dtype, self._schema.candidate_dtype)
         )
         return _core._BatchLayout(
             len(self._schema.user), *sizes, page_tokens=EngineConfig.page_tokens, tile_tokens=TILE_TOKENS, full_attention=False,
-            plain_norm=True, gap_thresholds=GAP_THRESHOLDS_MS, rows_of_thread=rows_of_thread,
+            plain_norm=True, gap_thresholds=GAP_THRESHOLDS_MS, rows_of_part=rows_of_part,
         )  # fmt: skip
 
     def written(self, layout: _core._BatchLayout) -> list[bytes]:
@@ -171,13 +171,13 @@ class Layouts:
 
 
 def laid_out(history: int, rounds: int) -> dict[str, Any]:
-    """Microseconds by rows a thread. Exits where several threads lay out another batch than one."""
+    """Microseconds by rows a part. Exits where several threads lay out another batch than one."""
     case = Layouts(history)
-    layouts = {rows: case.layout(rows) for rows in ROWS_OF_THREAD}
-    expected = case.written(layouts[ROWS_OF_THREAD[0]])
+    layouts = {rows: case.layout(rows) for rows in ROWS_OF_PART}
+    expected = case.written(layouts[ROWS_OF_PART[0]])
     for rows, layout in layouts.items():
         if case.written(layout) != expected:
-            sys.exit(f"{case.rows} rows laid out {rows} a thread differ from those of one thread; no report")
+            sys.exit(f"{case.rows} rows laid out in parts of {rows} differ from those of one part; no report")
     return {"rows": case.rows, "us": {str(rows): case.microseconds(each, rounds) for rows, each in layouts.items()}}
 
 
@@ -192,7 +192,7 @@ def main() -> int:
     marks = Marks()
     report: dict[str, Any] = {"benchmark": "host", "rows": layouts, "warm": {}, "restored": {}}
     for each in layouts:
-        print(f"{each['rows']:>7} rows       us by rows of a thread: {each['us']}", flush=True)
+        print(f"{each['rows']:>7} rows       us by rows of a part: {each['us']}", flush=True)
     for batch in WARM_BATCHES:
         report["warm"][str(batch)] = warm(batch, options.rounds)
         print(f"{batch:>7} warm users, {NEW} new behaviours each: {report['warm'][str(batch)]} us", flush=True)

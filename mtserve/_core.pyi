@@ -263,7 +263,7 @@ class _BatchLayout:
         full_attention: bool,
         plain_norm: bool,
         gap_thresholds: npt.NDArray[np.int64],
-        rows_of_thread: int,
+        rows_of_part: int,
     ) -> None: ...
     def plan(
         self,

@@ -4,11 +4,10 @@
 #include <cstring>
 #include <limits>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <utility>
 
 #include "../cache/errors.h"
+#include "crew.h"
 
 namespace mtserve {
 namespace {
@@ -16,7 +15,7 @@ namespace {
 constexpr int64_t kMaxTokens = int64_t{1} << 24;  // of a slot's prefix, and rows of a batch
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 constexpr int32_t kGroupC = 3;  // after U, S, R
-constexpr int64_t kMaxThreads = 8;
+constexpr int64_t kMaxParts = 64;
 
 std::string entry(const char* field, size_t index) { return std::string(field) + "[" + std::to_string(index) + "]"; }
 
@@ -267,7 +266,7 @@ private:
     size_t slot_, job_;
 };
 
-// Writes a batch that has been checked. Large ones by several threads: the rows are copied out of as many histories, at the
+// Writes a batch that has been checked. Large ones in parts, by several threads: the rows are copied out of as many histories, at the
 // memory's pace, and the device waits for them.
 class Writer {
 public:
@@ -276,32 +275,30 @@ public:
 
     void write() const {
         const std::vector<Place> places = cut();
-        std::vector<std::thread> others;
-        for (size_t part = 1; part + 1 < places.size(); ++part) {
-            const auto write = [this, &places, part] { write_part(places, part); };
-            try {
-                others.emplace_back(write);
-            } catch (const std::system_error&) {  // the system has no more threads
-                write();
-            }
-        }
-        write_part(places, 0);
+        const size_t parts = places.size() - 1;
+        const auto write = [&](size_t part) { part < parts ? write_part(places, part) : write_rest(); };
+        if (parts > 1) return Crew::shared().run(parts + 1, write);
+        write(0);
+        write(1);
+    }
+
+private:
+    // What lies behind the rows, and the tiles.
+    void write_rest() const {
         const int64_t rows = extent_.rows();
         std::fill(out_.limit.data + rows, out_.limit.data + out_.limit.rows, 0);
         std::fill(out_.group.data + rows, out_.group.data + out_.group.rows, 0);
         std::fill(out_.target.data + rows, out_.target.data + out_.target.rows, -1);
         write_tiles();
-        for (std::thread& each : others) each.join();
     }
 
-private:
     void write_part(const std::vector<Place>& places, size_t part) const {
         SlotWriter(model_, request_, out_, extent_, places[part]).write(places[part + 1].slot);
     }
 
     // Where parts of about as many rows begin, and where the last ends.
     std::vector<Place> cut() const {
-        const int64_t parts = std::clamp(extent_.rows() / model_.rows_of_thread, int64_t{1}, kMaxThreads);
+        const int64_t parts = std::clamp(extent_.rows() / model_.rows_of_part, int64_t{1}, kMaxParts);
         Place place;
         place.next = extent_.first_token;
         std::vector<Place> places{place};
@@ -357,7 +354,7 @@ BatchLayout::BatchLayout(LayoutModel model) : model_(std::move(model)) {
         if (bytes < 8 || bytes > kMaxInt32) throw invalid_argument(field, std::to_string(bytes) + " holds no int64 time_ms, or is above 2^31 - 1");
     positive(model_.page_tokens, "page_tokens");
     positive(model_.tile_tokens, "tile_tokens");
-    positive(model_.rows_of_thread, "rows_of_thread");
+    positive(model_.rows_of_part, "rows_of_part");
 }
 
 BatchCounts BatchLayout::plan(const BatchRequest& request, const BatchOut& out) const {

@@ -23,7 +23,7 @@ struct LayoutModel {
     bool full_attention;  // U and S see all of U and S
     bool plain_norm;      // one group for all rows
     GapBuckets gaps;      // of gaps in ms
-    int64_t rows_of_thread;  // a batch of so many rows more is laid out by one thread more, up to a few
+    int64_t rows_of_part;  // large batches are cut into parts of about so many rows, for several threads
 };
 
 // Prefix tokens [cached, encode_to) are new, [0, frozen) are U and S, [0, stored) have a page.

@@ -149,12 +149,12 @@ nb::tuple plan_batch(const BatchLayout& layout, nb::handle spans, nb::handle fea
 
 void make_layout(BatchLayout* layout, int32_t users, int64_t user_bytes, int64_t behaviour_bytes, int64_t candidate_bytes,
                  int32_t page_tokens, int32_t tile_tokens, bool full_attention, bool plain_norm, nb::handle gap_thresholds,
-                 int64_t rows_of_thread) {
+                 int64_t rows_of_part) {
     const Buffer thresholds(gap_thresholds, "gap_thresholds", PyBUF_FORMAT);
     if (thresholds.rank() != 1 || !thresholds.holds(8, "lq")) throw invalid_argument("gap_thresholds", "needs an int64 array [buckets]");
     const int64_t* first = thresholds.data<int64_t>();
     new (layout) BatchLayout({users, user_bytes, behaviour_bytes, candidate_bytes, page_tokens, tile_tokens, full_attention,
-                              plain_norm, GapBuckets({first, first + thresholds.extent(0)}), rows_of_thread});
+                              plain_norm, GapBuckets({first, first + thresholds.extent(0)}), rows_of_part});
 }
 
 }  // namespace
@@ -163,7 +163,7 @@ void bind_batch_layout(nb::module_& module) {
     nb::class_<BatchLayout>(module, "_BatchLayout")
         .def("__init__", &make_layout, "users"_a, "user_bytes"_a, "behaviour_bytes"_a, "candidate_bytes"_a, "page_tokens"_a,
              "tile_tokens"_a, "full_attention"_a, "plain_norm"_a, "gap_thresholds"_a,
-             "rows_of_thread"_a)
+             "rows_of_part"_a)
         .def("plan", &plan_batch, "spans"_a, "features"_a, "kept"_a, "candidates"_a, "limits"_a, "recency"_a,
              "page_table"_a.none(), "out"_a);
 }

@@ -14,9 +14,8 @@ from mtserve.kernels.token_embedding.batch import TILE_TOKENS
 from mtserve.model.ranking import RankingModel
 from mtserve.model.tokeniser import GAP_THRESHOLDS_MS
 
-# One thread lays out 33,000 rows in 0.21 ms (benchmarks/bench_host.py); beginning another takes tens of microseconds, and
-# on busy cores milliseconds.
-ROWS_OF_THREAD = 32_768
+# One thread lays out as many in 30 us (benchmarks/bench_host.py), several times what it takes to wake another.
+ROWS_OF_PART = 4096
 # Sections of the feature rows begin at multiples of this many bytes.
 _ALIGNMENT = 16
 
@@ -27,8 +26,8 @@ class Planner:
     What is done once a token, a page or an array is done by the C++ core; here is only what slots and jobs say.
     """
 
-    def __init__(self, model: RankingModel, page_tokens: int, *, rows_of_thread: int = ROWS_OF_THREAD) -> None:
-        """`rows_of_thread`: a batch of so many rows more is laid out by one thread more, up to eight."""
+    def __init__(self, model: RankingModel, page_tokens: int, *, rows_of_part: int = ROWS_OF_PART) -> None:
+        """`rows_of_part`: batches of twice as many rows and more are laid out in parts of about so many, by several threads."""
         schema = model.schema
         self._page_tokens = page_tokens
         self._users = len(schema.user)
@@ -43,7 +42,7 @@ class Planner:
             full_attention=model.config.static_attention == "full",
             plain_norm=model.config.norm == "plain",
             gap_thresholds=GAP_THRESHOLDS_MS,
-            rows_of_thread=rows_of_thread,
+            rows_of_part=rows_of_part,
         )
 
     def plan(

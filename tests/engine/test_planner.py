@@ -24,7 +24,7 @@ from small_models import (
 from mtserve import _core
 from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize
 from mtserve.engine.job import Job, make_job
-from mtserve.engine.planner import ROWS_OF_THREAD, Planner
+from mtserve.engine.planner import ROWS_OF_PART, Planner
 from mtserve.engine.scheduler import Slot
 from mtserve.engine.sequence import SequenceBuilder
 from mtserve.engine.tiers import Reservation
@@ -56,8 +56,8 @@ class Case:
     slots: list[Slot]
     reservation: Reservation | None
 
-    def plan(self, room: Any = BatchArrays.empty, rows_of_thread: int = ROWS_OF_THREAD) -> BatchPlan:
-        planner = Planner(self.model, PAGE_TOKENS, rows_of_thread=rows_of_thread)
+    def plan(self, room: Any = BatchArrays.empty, rows_of_part: int = ROWS_OF_PART) -> BatchPlan:
+        planner = Planner(self.model, PAGE_TOKENS, rows_of_part=rows_of_part)
         return planner.plan(self.slots, self.reservation, room)
 
 
@@ -239,7 +239,7 @@ def test_every_token_is_where_its_definition_says(seed: int) -> None:
     case = random_case(seed)
     expected = expected_slots(case)
     check_plan(case, case.plan(), expected)
-    check_plan(case, case.plan(rows_of_thread=1 + seed % 9), expected)  # by several threads
+    check_plan(case, case.plan(rows_of_part=1 + seed % 9), expected)  # by several threads
 
 
 @pytest.mark.parametrize("seed", range(84, 96))
@@ -342,7 +342,7 @@ def core_arguments() -> dict[str, Any]:
 
 def core_layout(**changes: Any) -> Any:
     shape = {"users": 1, "user_bytes": 4, "behaviour_bytes": 12, "candidate_bytes": 28, "page_tokens": 4}
-    flags = {"tile_tokens": TILE_TOKENS, "rows_of_thread": 3, "full_attention": True, "plain_norm": False}
+    flags = {"tile_tokens": TILE_TOKENS, "rows_of_part": 3, "full_attention": True, "plain_norm": False}
     return _core._BatchLayout(**{**shape, **flags, "gap_thresholds": GAP_THRESHOLDS_MS, **changes})
 
 
@@ -435,7 +435,7 @@ def test_unfit_room_is_named_and_nothing_is_written(name: str, array: Any) -> No
 @pytest.mark.parametrize(
     ("field", "value"),
     [("users", -1), ("user_bytes", 0), ("behaviour_bytes", 7), ("candidate_bytes", 2**31), ("page_tokens", 0),
-     ("tile_tokens", 0), ("rows_of_thread", 0), ("gap_thresholds", np.empty(0, np.int64)), ("gap_thresholds", np.array([1, 0])),
+     ("tile_tokens", 0), ("rows_of_part", 0), ("gap_thresholds", np.empty(0, np.int64)), ("gap_thresholds", np.array([1, 0])),
      ("gap_thresholds", np.zeros(64, INT32))],
 )  # fmt: skip
 def test_a_bad_shape_is_named(field: str, value: Any) -> None:
