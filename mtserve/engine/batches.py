@@ -101,7 +101,6 @@ class Batches:
             self._stopwatch.lap("answers")
             logits = flight.pending.result()
             self._stopwatch.landed(flight.launched, self._stopwatch.lap("device"))
-            waited = flight.pending.waited()
         except Exception as error:
             log.exception("a batch of %d users failed", len(flight.slots))
             self._fail(flight.slots, flight.reservation, error)
@@ -117,7 +116,7 @@ class Batches:
             for job in [job for slot in flight.slots for job in slot.jobs]:
                 job.fail(error)
             raise
-        self._note_landed(waited, restored, seconds)  # which nobody has to wait for
+        self._note_landed(flight.pending.waited(), restored, seconds)  # which nobody has to wait for
         return True
 
     def _note_landed(self, waited: dict[int, float], restored: Restored | None, seconds: float) -> None:
