@@ -279,6 +279,7 @@ class WTinyLfu(Model):
     def grow(self, pages: int) -> None:
         before = self.blocks
         super().grow(pages)
+        self.made_room = False
         old = self.counters
         self.counters = {
             (block, *place): count

@@ -72,6 +72,7 @@ public:
     void grow(int64_t pages) override {
         capacity_ += pages;
         sketch_.fit(capacity_);
+        made_room_ = false;  // there is room for those in the window as well
     }
 
 private:
