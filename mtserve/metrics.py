@@ -80,7 +80,7 @@ TABLE: tuple[Family, ...] = (
     _counter("batches_over_loads_total", "batches begun while pages of theirs were still on their way from the host"),
     _counter("load_wait_seconds_total", "by group of layers: seconds from the start of such a batch until its pages had come", "group", GROUPS),
     _counter("write_backs_deferred_total", "times that GPU to host copies began to wait because too many were under way"),
-    _counter("spare_requests_total", "requests encoded without keeping their states, as the device had no room and nothing else to do"),
+    _counter("spare_requests_total", "requests encoded without keeping their states, as the device had no room for them"),
     _counter("stores_declined_total", "users whom the policy did not let into a full host tier, until their next batch"),
     _counter("loads_declined_total", "prefixes encoded again because that was expected to be sooner than loading them"),
     _counter("restored_batches_total", "batches begun for users whose states only the host had, by what was expected to be soonest", "way", WAYS),

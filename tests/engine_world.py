@@ -20,6 +20,7 @@ from mtserve.config import EngineConfig
 from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
 from mtserve.engine.engine import Engine
 from mtserve.engine.footprint import Footprint, packed_format
+from mtserve.engine.pace import Line
 from mtserve.engine.runner import BatchRunner
 from mtserve.engine.runner import Pending as PendingBatch
 from mtserve.engine.served import Served
@@ -267,6 +268,8 @@ class World:
         self.engine = Engine(
             self.model, self.config, history=history, clock=self.clock, start=start, fault=fault, costs=costs
         )
+        # The clock moves when told to: what batches seem to take by it means nothing.
+        self.engine._core._pace.line = Line  # type: ignore[method-assign]
         self.rows: dict[str, Rows] = {}
         self.features: dict[str, Rows | None] = {}
 
@@ -372,9 +375,11 @@ class World:
         core._serve = overlapping  # type: ignore[method-assign]
         core.served.runner = OverlappingRunner(core.served.runner, late)
 
-    def pace(self, token_s: float) -> None:
-        """Have the engine believe that a token takes so many seconds to encode."""
-        self.engine._core._pace.token_s = lambda now: token_s  # type: ignore[method-assign]
+    def pace(self, token_s: float, batch_s: float = 0.0) -> None:
+        """Have the engine believe that a token takes so many seconds to encode, and a batch so many whatever is in it."""
+        pace = self.engine._core._pace
+        pace.token_s = lambda now: token_s  # type: ignore[method-assign]
+        pace.line = lambda: Line(batch_s, token_s, math.inf)  # type: ignore[method-assign]
 
     def restore_at(self, layer: int | None) -> None:
         """Have batches load the layers from `layer` on of what only the host has, and encode the others; None: have them

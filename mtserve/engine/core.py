@@ -89,7 +89,7 @@ class Core:
             clock=self._clock, track_freed=config.poison_pages, pin_budget=config.pin_budget,
         )  # fmt: skip
         mover = setup.make_link(memory.link, memory.arena, self._clock, fault, chaos)
-        return Tiers(index, mover, memory.footprint, config, self._metrics, self._clock, max_prefix(model))
+        return Tiers(index, mover, memory.footprint, config, self._metrics, self._clock, max_prefix(model), self._pace)
 
     @property
     def served(self) -> Served:
@@ -137,7 +137,7 @@ class Core:
         lap("copies")
         batches = self.batches
         idle = batches.flight is None
-        slots = self.scheduler.take(self._cached, self._spare, self._restorable, idle=idle)
+        slots = self.scheduler.take(self._cached, self._spare, self._restorable, self._passes, idle=idle)
         launched = batches.launch(slots) if slots else None
         lap("planning")
         try:
@@ -186,6 +186,9 @@ class Core:
 
     def _restorable(self, job: Job) -> int | None:
         return None if self.tiers is None else self.tiers.restorable(job)
+
+    def _passes(self, job: Job) -> tuple[int, bool] | None:
+        return None if self.tiers is None else self.tiers.passes(job)
 
     def invalidate(self, user_id: str | None) -> int:
         """Forget the states of one user, or of all; returns how many users had any."""

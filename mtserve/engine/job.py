@@ -22,6 +22,7 @@ class Job:
     `begun`: a batch with it was begun, which the cache's policies count as a use of the user.
     `found_gpu`, `found_host`: prefix tokens found in each tier, fixed when its first tokens are encoded.
     `loads`: onloads started for it; `loaded_from`: device tokens there before the first, -1 for none that succeeded.
+    `overtaken`: batches with later arrivals that began while it waited.
     `replaces`: the generation that this one ended; without states of that, encoding is not worth it.
     """
 
@@ -38,6 +39,7 @@ class Job:
     loads: int = 0
     loaded_from: int = -1
     passed_over: int = 0
+    overtaken: int = 0
     replaces: UserSequence | None = None
 
     @property

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from mtserve.cache.index import Load, Presence, TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine.job import Job
+from mtserve.engine.pace import Pace
+from mtserve.engine.passing import Passing
 from mtserve.engine.transfers import Transfers
-from mtserve.engine.window import open_window
+from mtserve.engine.window import in_turn, open_window
 from mtserve.metrics import Metrics
 from mtserve.transfer.mover import LOAD, Mover
 
@@ -20,7 +22,7 @@ class Onload:
     """Decides what to load for the first of the waiting jobs. The copies themselves are begun by the tiers."""
 
     def __init__(
-        self, index: TieredIndex, mover: Mover, transfers: Transfers, config: EngineConfig, metrics: Metrics
+        self, index: TieredIndex, mover: Mover, transfers: Transfers, config: EngineConfig, metrics: Metrics, pace: Pace
     ) -> None:
         self._index, self.mover, self._transfers, self._metrics = index, mover, transfers, metrics
         self._page_tokens = config.page_tokens
@@ -28,9 +30,10 @@ class Onload:
         self._restore = config.restore
         self._failed: set[str] = set()  # users whose loads failed since the last `plan`
         self._window: dict[str, int] = {}  # users whose turn is near enough to load them -> pages kept for each
-        # What the index says of the jobs in the window, until something changes it.
+        # What the index says of the first jobs, until something changes it.
         self._surveyed: dict[Job, Presence] = {}
         self._token_s, self._to_encode = 0.0, 0  # seconds a token; tokens of waiting jobs that nothing brings
+        self.passing = Passing(pace, mover.pool.shape[1])
         self._decided: list[Load] = []
         self._declined = False
 
@@ -50,7 +53,7 @@ class Onload:
         # A prefetch may have nothing to do but to wait for its load, which a batch would do in the loop's place.
         if present.in_batch or (present.loading and (job.prefetch or not self._comes(job.user_id))):
             return None
-        tokens = max(present.gpu_tokens, present.arriving_tokens)
+        tokens = self._held_tokens(job)
         if present.host_tokens > tokens and job.loads < MAX_LOADS:
             return None
         return tokens
@@ -78,13 +81,34 @@ class Onload:
             return None
         return present.gpu_tokens
 
+    def passes(self, job: Job) -> tuple[int, bool] | None:
+        """Where `job` waits for its states, or for room, though it costs less to encode what it waits for than to take part
+        in another batch: prefix tokens on the device, and whether there is room to keep the others. None for others.
+        """
+        if self._restore == "load" or job.prefetch or job.future.cancelled():
+            return None
+        present, near = self._presence(job), self._near(job)
+        if present.loading or present.in_batch:
+            return None
+        # Without room it finds nothing now, nor what it would have kept the next time: all of the prefix at most.
+        first, last = (present.gpu_tokens, present.host_tokens) if near else (0, job.prefix)
+        return (first, near) if first < last and self._in_passing(job, first, last) else None
+
     def _comes(self, user_id: str) -> bool:
         """Whether the user's load has so little left that a batch should start over it."""
         ticket = self._transfers.loading(user_id)
         return ticket is not None and self.mover.near(ticket)
 
     def _near(self, job: Job) -> bool:
-        return -(-len(job.sequence.chain) // self._page_tokens) <= self._window.get(job.user_id, 0)
+        return self._fits(job, self._window)
+
+    def _fits(self, job: Job, window: dict[str, int]) -> bool:
+        return -(-len(job.sequence.chain) // self._page_tokens) <= window.get(job.user_id, 0)
+
+    def _held_tokens(self, job: Job) -> int:
+        """Prefix tokens that the device has, or has after the load under way."""
+        present = self._presence(job)
+        return max(present.gpu_tokens, present.arriving_tokens)
 
     def _presence(self, job: Job) -> Presence:
         known = self._surveyed.get(job)
@@ -97,28 +121,33 @@ class Onload:
         way, are near: more would evict one another. `token_s`: seconds in which the device encodes a token, 0 where not
         known.
         """
-        self._open_window(jobs, reserved_pages)
-        near = [job for job in jobs if self._near(job)]
-        found = self._index.survey([job.user_id for job in near], [job.sequence.chain for job in near])
-        self._surveyed = dict(zip(near, found, strict=True))
+        found = self._index.survey([job.user_id for job in jobs], [job.sequence.chain for job in jobs])
+        self._surveyed = dict(zip(jobs, found, strict=True))
+        near = self._open_window(jobs, reserved_pages)
         self._token_s = token_s
         waiting = sum(job.prefix + len(job.candidates) for job in jobs)
-        self._to_encode = waiting - sum(max(each.gpu_tokens, each.arriving_tokens) for each in found)
+        there = found if len(near) == len(jobs) else map(self._presence, near)
+        self._to_encode = waiting - sum(max(each.gpu_tokens, each.arriving_tokens) for each in there)
         for job in near:
             if self._restore == "recompute" or (self._failed and job.user_id in self._failed):
                 job.loads, job.loaded_from = MAX_LOADS, -1
         self._failed.clear()
 
-    def plan(self, jobs: Iterable[Job]) -> tuple[list[Load], bool]:
+    def plan(self, jobs: Sequence[Job]) -> tuple[list[Load], bool]:
         """Loads to start now, of what the host holds of the prefixes of those of these jobs that are near; and whether
         some of them need not wait for any.
         """
         self._decided, self._declined = [], False
-        for job in filter(self._near, jobs):
-            present = self._presence(job)
-            if present.loading or present.host_tokens > present.gpu_tokens:
-                self._bring(job, present)
+        waiting = [job for job in jobs if self._near(job) and self._waits(self._presence(job))]
+        # Whoever had better be encoded in a batch that others make anyway needs no load.
+        ready = any(self.cached(job) is not None for job in jobs) if waiting else False
+        for job in waiting:
+            if not ready or self.passes(job) is None:
+                self._bring(job, self._presence(job))
         return self._decided, self._declined
+
+    def _waits(self, present: Presence) -> bool:
+        return present.loading or present.host_tokens > present.gpu_tokens
 
     def _bring(self, job: Job, present: Presence) -> None:
         if present.in_batch:
@@ -146,17 +175,30 @@ class Onload:
         saved, own = present.host_tokens - present.gpu_tokens, job.prefix - present.gpu_tokens + len(job.candidates)
         return load_s <= self._token_s * max(self._to_encode - saved, own)
 
+    def _in_passing(self, job: Job, first: int, last: int) -> bool:
+        """Whether tokens [first, last) cost less, in a batch that runs anyway, than a share of another one."""
+        if not self._token_s:
+            return False
+        users = len(self._window)
+        return self.passing.cheaper(job.sequence, first, last, users=users, token_s=self._token_s)
+
     def _load_s(self, pages: int) -> float:
         """Seconds in which the link is expected to have brought so many pages, after all that is under way."""
         return self.mover.load_s(self._transfers.moving_bytes(LOAD) + pages * self._page_bytes)
 
-    def _open_window(self, jobs: Sequence[Job], reserved_pages: int) -> None:
-        room, held = len(self.mover.pool) - reserved_pages, self._transfers.held()
-        window = open_window(jobs, room, self._page_tokens, held, idle=not reserved_pages)
+    def _open_window(self, jobs: Sequence[Job], reserved_pages: int) -> Sequence[Job]:
+        """Choose who has room, and return those of `jobs` that are theirs."""
+        room, held, idle = len(self.mover.pool) - reserved_pages, self._transfers.held(), not reserved_pages
+        window = open_window(jobs, room, self._page_tokens, held, idle=idle)
+        near = [job for job in jobs if self._fits(job, window)]
+        if len(near) < len(jobs):
+            window = open_window(in_turn(jobs, self._held_tokens), room, self._page_tokens, held, idle=idle)
+            near = [job for job in jobs if self._fits(job, window)]
         users = list(window)
         if users != list(self._window):
             self._index.set_window(users)
         self._window = window
+        return near
 
     def _begin_load(self, job: Job, gpu_tokens: int) -> None:
         load = self._index.begin_load(job.user_id, job.sequence.chain)

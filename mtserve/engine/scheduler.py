@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 from mtserve.config import EngineConfig
+from mtserve.engine.filling import Filling
+from mtserve.engine.filling import Slot as Slot
 from mtserve.engine.job import Job
-from mtserve.engine.sequence import UserSequence
 from mtserve.errors import Cancelled, DeadlineExceeded, ResourceExhausted
 from mtserve.metrics import Metrics
 
 # Batches an oversized cold user lets others go first before it gets one to itself.
 PATIENCE = 4
-
-
-@dataclass(eq=False, slots=True)
-class Slot:
-    """One user in a batch: tokens [cached, encode_to) are encoded once for all of the user's jobs.
-
-    `encode_to` short of the prefix means a part of a cold prefix: states only, the jobs stay queued.
-    `keep`: whether the states get pages; slots whose do come first in a batch.
-    `restored`: the host has more than the `cached` tokens; what of that is loaded is decided as the batch begins.
-    """
-
-    sequence: UserSequence
-    cached: int
-    encode_to: int
-    jobs: list[Job] = field(default_factory=list)
-    keep: bool = True
-    restored: bool = False
-
-    @property
-    def user_id(self) -> str:
-        return self.sequence.user_id
-
-    @property
-    def partial(self) -> bool:
-        return self.encode_to < len(self.sequence.chain)
-
-    @property
-    def delta(self) -> int:
-        return self.encode_to - self.cached
-
-    @property
-    def again(self) -> bool:
-        """Whether all of its jobs had batches before: parts of their prefix, or one whose load failed."""
-        return all(job.begun for job in self.jobs)
 
 
 class Scheduler:
@@ -58,6 +24,7 @@ class Scheduler:
         self._config = config
         self._metrics = metrics
         self._static_attention = static_attention
+        self._near = 2 * config.max_batch_requests
         # In order of arrival, and cheap to take from anywhere.
         self._scores: dict[Job, None] = {}
         self._prefetches: dict[str, Job] = {}  # one a user; behind every score
@@ -115,7 +82,7 @@ class Scheduler:
 
     def head(self) -> list[Job]:
         """The jobs near enough to their batch that their onload should start."""
-        return list(islice(self.jobs(), 2 * self._config.max_batch_requests))
+        return list(islice(self.jobs(), self._near))
 
     def clear(self) -> list[Job]:
         """Take out every job."""
@@ -184,17 +151,22 @@ class Scheduler:
         cached: Callable[[Job], int | None],
         spare: Callable[[Job], bool] = lambda job: False,
         restorable: Callable[[Job], int | None] = lambda job: None,
+        passes: Callable[[Job], tuple[int, bool] | None] = lambda job: None,
         *,
         idle: bool = True,
     ) -> list[Slot]:
         """The next batch, its jobs taken out of the queue; jobs of a partial slot stay.
 
-        `cached(job)`: prefix tokens on the device, None while the user's states are under way. What ready jobs leave of
-        the cold users' budget goes to the first that `spare` allows: they are encoded whole, without pages. Where none is
-        ready, only while the device is `idle`. Then, though, first come jobs that are `restorable(job)`: prefix tokens on
-        the device where the host has more, and the batch itself may decide how they come back; None for others.
+        `cached(job)`: prefix tokens on the device, None while the user's states are under way. Where none is ready and the
+        device is `idle`, first come jobs that are `restorable(job)`: prefix tokens on the device where the host has more,
+        and the batch itself may decide how they come back; None for others. Then come jobs that `passes(job)` says should
+        not wait: prefix tokens on the device, with which they join a batch, and whether what is encoded is kept; those that
+        keep nothing need no room, and are a batch by themselves as ready ones are. What all these leave of the cold users'
+        budget goes to the first that `spare` allows: they are encoded whole, without pages; by themselves only while the
+        device is `idle`.
         """
-        batch = _Batch(self._config, self._static_attention)
+        batch = Filling(self._config, self._static_attention)
+        waiting: list[Job] = []
         overdue = self._overdue(cached)
         for job in self.jobs() if overdue is None else [overdue]:
             if batch.full:
@@ -202,21 +174,49 @@ class Scheduler:
             tokens = cached(job)
             if tokens is not None:
                 batch.offer(job, min(tokens, job.prefix))
-        if overdue is None and idle and batch.nothing_ready:
-            for job in self.head():
-                if batch.full:
-                    break
-                tokens = restorable(job)
-                if tokens is not None:
-                    batch.offer_restored(job, tokens)
-        if overdue is None and batch.open_to_spare(idle):
-            for job in filter(spare, self.head()):
-                if batch.full:
-                    break
-                batch.offer_whole(job)
+            elif len(waiting) < self._near:
+                waiting.append(job)
+        if idle and batch.nothing_ready:
+            self._offer_restored(batch, waiting, restorable)
+        self._offer_passing(batch, waiting, passes)
+        if batch.open_to_spare(idle):
+            batch.offer_whole(filter(spare, waiting))
         slots = batch.close()
+        if waiting:
+            self._count_overtaken(slots)
         self.remove(job for slot in slots if not slot.partial for job in slot.jobs)
         return slots
+
+    def _offer_restored(self, batch: Filling, waiting: Sequence[Job], restorable: Callable[[Job], int | None]) -> None:
+        for job in waiting:
+            if batch.full:
+                break
+            tokens = restorable(job)
+            if tokens is not None:
+                batch.offer_restored(job, tokens)
+
+    def _offer_passing(
+        self, batch: Filling, waiting: Sequence[Job], passes: Callable[[Job], tuple[int, bool] | None]
+    ) -> None:
+        """Those that keep their states first, if there is a batch to join."""
+        if batch.full or not batch.open_to_spare(True):
+            return
+        passing = [(job, found) for job in waiting if (found := passes(job)) is not None]
+        whole = [job for job, (_, keep) in passing if not keep]
+        if whole or not batch.empty:
+            for job, (tokens, keep) in passing:
+                if keep and not batch.full:
+                    batch.offer(job, tokens)
+            batch.offer_whole(whole)
+
+    def _count_overtaken(self, slots: Sequence[Slot]) -> None:
+        taken = {job for slot in slots for job in slot.jobs}
+        later = False
+        for job in reversed(self.head() if taken else []):
+            if job in taken:
+                later = True
+            elif later:
+                job.overtaken += 1
 
     def _overdue(self, cached: Callable[[Job], int | None]) -> Job | None:
         """The first ready job that no budget fits and that has let enough batches go first: its turn, alone.
@@ -233,117 +233,3 @@ class Scheduler:
 
 def _newer(job: Job, other: Job) -> bool:
     return len(job.sequence.chain) > len(other.sequence.chain) and job.sequence.extends(other.sequence)
-
-
-class _Batch:
-    """A batch being filled under its budgets."""
-
-    def __init__(self, config: EngineConfig, static_attention: str) -> None:
-        self._config = config
-        self._static_attention = static_attention
-        self._slots: dict[str, Slot] = {}
-        self._too_large: list[Slot] = []
-        self._tokens = config.max_batch_tokens
-        self._cold_tokens = config.cold_batch_tokens
-        self._requests = config.max_batch_requests
-
-    @property
-    def full(self) -> bool:
-        return self._requests <= 0 or self._tokens <= 0
-
-    def offer(self, job: Job, cached: int) -> None:
-        """Take `job` in as far as the budgets and the user's other jobs in the batch allow."""
-        slot = self._slots.get(job.user_id)
-        if slot is not None:
-            self._join(slot, job)
-            return
-        slot = Slot(job.sequence, cached, len(job.sequence.chain), [job])
-        cost = slot.encode_to - cached
-        # Prefetches are many or large, and nobody waits for them: they lengthen a batch no more than cold users do.
-        cold = job.prefetch or cost > self._config.cold_after
-        budget = min(self._tokens, self._cold_tokens) if cold else self._tokens
-        cost += len(job.candidates)
-        if cost > budget:
-            part = self._split(slot, budget) if cold else None
-            if part is None:
-                self._too_large.append(slot)
-                return
-            slot.encode_to = part
-            cost = part - cached
-        self._slots[job.user_id] = slot
-        self._spend(cost, cold)
-
-    @property
-    def nothing_ready(self) -> bool:
-        return not self._slots and not self._too_large
-
-    def offer_restored(self, job: Job, cached: int) -> None:
-        """Take `job` in where there is room for all of its prefix: loads of others may evict what the device has of it."""
-        slot = self._slots.get(job.user_id)
-        if slot is not None:
-            self._join(slot, job)
-            return
-        slot = Slot(job.sequence, cached, len(job.sequence.chain), [job], restored=True)
-        cost = slot.encode_to + len(job.candidates)
-        if self._slots and (self.full or cost > self._tokens):
-            return
-        self._slots[job.user_id] = slot
-        self._spend(cost, cold=False)
-
-    def open_to_spare(self, idle: bool) -> bool:
-        """Whether jobs that must wait may fill the batch: it runs anyway, or the device is idle and nobody is ready."""
-        return bool(self._slots) or (idle and not self._too_large)
-
-    def offer_whole(self, job: Job) -> None:
-        """Take `job` in without pages, as far as the budget of cold users allows."""
-        slot = self._slots.get(job.user_id)
-        if slot is not None:
-            self._join(slot, job)
-            return
-        slot = Slot(job.sequence, 0, len(job.sequence.chain), [job], keep=False)
-        cost = slot.encode_to + len(job.candidates)
-        # The first alone may be larger than the budget: it would fit no other batch either.
-        if self._slots and (self._requests <= 0 or cost > min(self._tokens, self._cold_tokens)):
-            return
-        self._slots[job.user_id] = slot
-        self._spend(cost, cold=True)
-
-    def close(self) -> list[Slot]:
-        """The batch. A job that fits no budget runs by itself, but only when nothing else would run."""
-        if not self._slots and self._too_large:
-            return self._too_large[:1]
-        for slot in self._too_large:
-            slot.jobs[0].passed_over += 1
-        return list(self._slots.values())
-
-    def _split(self, slot: Slot, budget: int) -> int | None:
-        """How far a part of at most `budget` tokens may encode; None where the prefix must be encoded in one go.
-
-        Rows that see only what came before them can be encoded part by part, each part cached
-        for the next. With full static attention U and S see one another: they need one batch.
-        """
-        # One token at least is left for the batch that also brings the candidates, and counts them.
-        end = min(slot.cached + budget, slot.sequence.groups.prefix - 1)
-        whole = slot.sequence.groups.frozen if self._static_attention == "full" else 0
-        if self._config.cache == "off" or end <= slot.cached or end < whole:
-            return None
-        return end
-
-    def _join(self, slot: Slot, job: Job) -> None:
-        """Add another request of a user when one history is the other's prefix, in one generation."""
-        longer, shorter = job.sequence, slot.sequence
-        if len(longer.chain) < len(shorter.chain):
-            longer, shorter = shorter, longer
-        cost = len(longer.chain) - len(slot.sequence.chain) + len(job.candidates)
-        budget = min(self._tokens, self._cold_tokens) if job.prefetch else self._tokens
-        if slot.partial or not longer.extends(shorter) or cost > budget:
-            return
-        slot.sequence = longer
-        slot.encode_to = len(longer.chain)
-        slot.jobs.append(job)
-        self._spend(cost, cold=job.prefetch)
-
-    def _spend(self, tokens: int, cold: bool) -> None:
-        self._requests -= 1
-        self._tokens -= tokens
-        self._cold_tokens -= tokens if cold else 0

@@ -7,7 +7,7 @@ copy's when the mover reports it finished. Whatever lies between is found by nob
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from mtserve.config import EngineConfig
 from mtserve.engine.footprint import Footprint
 from mtserve.engine.job import Job
 from mtserve.engine.onload import Onload
+from mtserve.engine.pace import Pace
 from mtserve.engine.restoring import Restored, Restoring
 from mtserve.engine.scheduler import Slot
 from mtserve.engine.sequence import UserSequence
@@ -72,6 +73,7 @@ class Tiers:
         metrics: Metrics,
         clock: Clock,
         max_prefix: int,
+        pace: Pace,
     ) -> None:
         self.index = index
         self.mover = mover
@@ -93,7 +95,7 @@ class Tiers:
             1, parse_capacity(config.write_back_queue, of=pool_bytes, field="write_back_queue") // self._page_bytes
         )
         self._page_tokens = config.page_tokens
-        self._onload = Onload(index, mover, self._transfers, config, metrics)
+        self._onload = Onload(index, mover, self._transfers, config, metrics, pace)
         self._counts = TierCounts(index, metrics, footprint)
         self._counts.update()
         self._has_host = len(mover.arena) > 0
@@ -114,6 +116,7 @@ class Tiers:
         self.restoring = Restoring(
             self.index, self.mover, self._transfers, self._config, self._metrics, costs, frozen_sees_all=frozen_sees_all
         )
+        self._onload.passing.know(costs, frozen_sees_all=frozen_sees_all)
 
     def unpack_by(self, unpacker: Unpacker) -> None:
         """What makes states of the packed pages of loads from now on."""
@@ -125,11 +128,15 @@ class Tiers:
         """Prefix tokens of `job` on the device where a batch of its own may bring the rest; None for others."""
         return None if self.restoring is None else self._onload.restorable(job)
 
+    def passes(self, job: Job) -> tuple[int, bool] | None:
+        """Where `job` is to be encoded rather than wait: prefix tokens on the device, and whether the others are kept."""
+        return self._onload.passes(job)
+
     def survey(self, jobs: Sequence[Job], token_s: float) -> None:
         """Look at what these jobs, the first that wait, need; `token_s`: seconds to encode a token."""
         self._onload.survey(jobs, token_s, self._reserved_pages)
 
-    def onload(self, jobs: Iterable[Job]) -> bool:
+    def onload(self, jobs: Sequence[Job]) -> bool:
         """Start bringing what these of the surveyed jobs need from the host; whether anything was decided."""
         loads, declined = self._onload.plan(jobs)
         if loads:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mtserve.engine.job import Job
+from mtserve.engine.scheduler import PATIENCE
 
 
 def open_window(
@@ -35,3 +36,26 @@ def open_window(
             break
         window[user_id] = wanted
     return window
+
+
+def in_turn(jobs: Sequence[Job], held_tokens: Callable[[Job], int]) -> list[Job]:
+    """`jobs` in the order in which they get room where there is none for all; scores before prefetches, as they are.
+
+    Given in the order of arrival, room holds at each request what the requests before it have left, and nobody finds
+    anything. So, each in the order of arrival:
+
+        who is in the midst of its prefix, or was loaded: it would have to be done again
+        who let later arrivals go first for PATIENCE batches
+        who has most of its prefix there, `held_tokens(job)`
+        the others
+    """
+
+    def turn(job: Job) -> tuple[bool, int]:
+        held = 2 * held_tokens(job) >= job.prefix
+        if job.begun or (job.loads and held):
+            return job.prefetch, 0
+        if job.overtaken >= PATIENCE:
+            return job.prefetch, 1
+        return job.prefetch, 2 if held else 3
+
+    return sorted(jobs, key=turn)

@@ -1,10 +1,13 @@
-"""The pace of recent batches: a lower bound, forgotten when it is old."""
+"""The pace of recent batches: a lower bound, forgotten when it is old; and what they took by their size."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Iterable
 
-from mtserve.engine.pace import BELIEVED_S, SAMPLES, Pace
+import numpy as np
+import pytest
+
+from mtserve.engine.pace import BELIEVED_S, LINE_SAMPLES, SAMPLES, Line, Pace
 
 
 def test_nothing_is_known_at_first_nor_of_empty_batches() -> None:
@@ -37,3 +40,43 @@ def test_the_best_of_the_recent_batches_counts() -> None:
         assert pace.token_s(asked) == min(recent, default=0.0)
         now = asked
         pace.landed(now, now, 0)
+
+
+def line_through(seconds: Callable[[int], float], sizes: Iterable[int]) -> Line:
+    pace, now = Pace(), 0.0
+    for tokens in sizes:
+        began, now = now, now + seconds(tokens)
+        pace.landed(began, now, tokens)
+    return pace.line()
+
+
+def test_what_a_batch_takes_however_small_is_told_from_batches_of_different_sizes() -> None:
+    sizes = [*range(100, 400, 10)]
+    batch_s, token_s, known_tokens = line_through(lambda tokens: 0.5 + 0.001 * tokens, sizes)
+    assert np.isclose(batch_s, 0.5)
+    assert np.isclose(token_s, 0.001)
+    assert known_tokens == 345  # the middle of the ten largest
+
+
+def test_a_few_batches_that_took_far_longer_move_the_line_little() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(10, 1000, LINE_SAMPLES).tolist()
+    slow = dict.fromkeys(sizes[::8], 5.0)
+    batch_s, token_s, _ = line_through(lambda tokens: slow.get(tokens, 0.5 + 0.001 * tokens), sizes)
+    assert 0.4 < batch_s < 0.6
+    assert 0.0008 < token_s < 0.0012
+
+
+@pytest.mark.parametrize("sizes", [[], [7], range(10, 90, 10), [50] * 20])
+def test_no_line_goes_through_few_batches_or_batches_all_alike(sizes: Iterable[int]) -> None:
+    assert line_through(lambda tokens: 0.5, sizes) == Line()
+
+
+def test_a_line_neither_falls_nor_begins_below_nothing() -> None:
+    assert line_through(lambda tokens: 1.0 - 0.001 * tokens, range(10, 200, 10)).token_s == 0
+    assert line_through(lambda tokens: max(0.0, 0.001 * tokens - 0.5), range(10, 900, 10)).batch_s == 0
+
+
+def test_the_line_is_that_of_the_latest_batches() -> None:
+    sizes = [*range(10, 10 + LINE_SAMPLES)]
+    assert np.isclose(line_through(lambda tokens: 0.2 if tokens < 1000 else 0.7, [*sizes, *range(1000, 1128)])[0], 0.7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
@@ -61,6 +62,68 @@ def test_requests_of_one_user_that_wait_for_states_are_no_more_than_a_batch_take
     )  # fmt: skip
     assert [slot.jobs for slot in slots] == [jobs[:3]]
     assert list(scheduler.jobs()) == jobs[3:]
+
+
+def passing(**found: tuple[int, bool]) -> Callable[[Job], tuple[int, bool] | None]:
+    return lambda job: found.get(job.user_id)
+
+
+def test_who_should_not_wait_joins_the_batch_of_others_and_those_without_pages_come_last() -> None:
+    jobs = {user: job_of(user) for user in "abcd"}
+    scheduler = queue_of(*jobs.values())
+    slots = scheduler.take(
+        lambda job: 2 if job is jobs["d"] else None, passes=passing(a=(0, False), b=(3, True)), idle=False
+    )
+    assert [(slot.user_id, slot.cached, slot.keep) for slot in slots] == [
+        ("d", 2, True),
+        ("b", 3, True),
+        ("a", 0, False),
+    ]
+    assert list(scheduler.jobs()) == [jobs["c"]]
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_only_who_needs_no_room_is_a_batch_for_being_better_not_kept_waiting(idle: bool) -> None:
+    jobs = [job_of("a"), job_of("b")]
+    scheduler = queue_of(*jobs)
+    assert scheduler.take(lambda job: None, passes=passing(b=(3, True)), idle=idle) == []
+    slots = scheduler.take(lambda job: None, passes=passing(a=(0, False), b=(3, True)), idle=idle)
+    assert [(slot.user_id, slot.keep) for slot in slots] == [("b", True), ("a", False)]
+
+
+def test_nobody_is_twice_in_a_batch() -> None:
+    jobs = [job_of("a"), job_of("b"), job_of("b")]
+    scheduler = queue_of(*jobs)
+    slots = scheduler.take(
+        lambda job: None, lambda job: True, lambda job: 1, passing(a=(1, True), b=(0, False))
+    )  # fmt: skip
+    assert [slot.jobs for slot in slots] == [[jobs[0]], jobs[1:]]
+
+
+def test_nobody_comes_ahead_of_a_ready_user_too_large_for_the_budgets() -> None:
+    jobs = [job_of("a", 40), job_of("b")]
+    scheduler = queue_of(*jobs, max_batch_tokens=30, cold_batch_tokens=30)
+    slots = scheduler.take(lambda job: 4 if job is jobs[0] else None, passes=passing(b=(0, False)))
+    assert [slot.jobs for slot in slots] == [[jobs[0]]]
+
+
+def test_what_fills_a_batch_with_whole_prefixes_keeps_to_the_cold_users_budget() -> None:
+    jobs = [job_of(user) for user in "abc"]  # 7 tokens and 2 candidates each
+    scheduler = queue_of(*jobs, cold_batch_tokens=20)
+    slots = scheduler.take(lambda job: None, passes=passing(a=(0, False), b=(0, False), c=(0, False)))
+    assert [slot.jobs for slot in slots] == [[jobs[0]], [jobs[1]]]
+
+
+def test_batches_with_later_arrivals_are_counted_for_who_waits() -> None:
+    jobs = {user: job_of(user) for user in "abcd"}
+    scheduler = queue_of(*jobs.values())
+    ready = {jobs["c"]}
+    scheduler.take(lambda job: 2 if job in ready else None)
+    scheduler.take(lambda job: None)
+    assert {user: job.overtaken for user, job in jobs.items()} == {"a": 1, "b": 1, "c": 0, "d": 0}
+    ready = {jobs["b"], jobs["d"]}
+    scheduler.take(lambda job: 2 if job in ready else None)
+    assert [job.overtaken for job in scheduler.jobs()] == [2]
 
 
 @pytest.mark.parametrize("candidates", [0, 3])

@@ -1,4 +1,4 @@
-"""Requests for which the device has no room, encoded whole while it has nothing else to do."""
+"""Requests for which the device has no room, encoded whole: while it has nothing else to do, or to save a batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from engine_world import Pending, World
+
+from mtserve.engine.scheduler import PATIENCE
 
 Make = Callable[..., World]
 # A load takes longer than encoding one user of 23 tokens and 3 candidates, and less than encoding two.
@@ -143,3 +145,145 @@ def test_nobody_is_encoded_where_the_link_is_sooner(world: Make) -> None:
         w.run()
     assert first.verify().encoded_tokens == second.verify().encoded_tokens == 0
     assert w.value("spare_requests_total") == 0
+
+
+# To encode anybody costs less than a share of a batch.
+CHEAP = {"token_s": 1e-3, "batch_s": 100.0}
+
+
+def cheap(world: Make, **options: Any) -> tuple[World, Any]:
+    """As `crowded`, with loads that take no time, so that only the share of a batch speaks against waiting."""
+    w, mover = crowded(world, **options)
+    mover.load_seconds = 0.0
+    w.pace(**CHEAP)
+    return w, mover
+
+
+def test_who_costs_less_than_a_share_of_a_batch_waits_for_no_room(world: Make) -> None:
+    w, mover = cheap(world)
+    w.put("c", 21)  # in no tier yet
+    first, others = w.submit("a"), [w.submit("b"), w.submit("c"), w.submit("c")]
+    w.run()
+    assert not first.future.done()  # its load is under way
+    for each in others:
+        assert each.verify().encoded_tokens == 23
+    assert w.value("spare_requests_total") == 3
+    assert (w.held("b"), w.held("c")) == ((0, 23), (0, 0))
+    mover.release_all()
+    w.run()
+    assert first.verify().host_tokens == 23
+    w.score("c")
+    assert w.held("c")[0] == 23  # kept, now that there is room
+    mover.release_all()
+    w.run()
+    w.assert_empty()
+
+
+def test_who_waits_for_no_room_is_a_batch_behind_that_of_others(world: Make) -> None:
+    w, mover = cheap(world)
+    first = w.submit("a")
+    w.run()
+    mover.release_all()
+    w.run()
+    first.verify()
+    w.overlap()
+    batches = w.value("batches_total")
+    warm = w.submit("a")
+    w.step()  # its batch is under way, and has all of the device's room
+    waiting = w.submit("b")
+    w.step()
+    assert warm.verify().gpu_tokens == 23
+    assert not waiting.future.done()
+    w.step()
+    assert waiting.verify().encoded_tokens == 23
+    assert w.value("batches_total") == batches + 2
+    mover.release_all()
+    w.run()
+    w.assert_empty()
+
+
+@pytest.mark.parametrize("restore", ["load", "auto"])
+def test_what_is_to_be_loaded_is_never_encoded_to_save_a_batch(world: Make, restore: str) -> None:
+    w, mover = cheap(world, restore=restore)
+    pending = [w.submit("a"), w.submit("b")]
+    w.run()
+    assert [each.future.done() for each in pending] == [False, restore == "auto"]
+    for _ in range(4):
+        mover.release_all()
+        w.run()
+    found = [each.verify().host_tokens for each in pending]
+    assert found == ([23, 23] if restore == "load" else [23, 0])
+
+
+def test_a_prefetch_waits_for_its_room(world: Make) -> None:
+    w, mover = cheap(world)
+    first, prefetch = w.submit("a"), w.engine.prefetch("b")
+    w.run()
+    assert not first.future.done()
+    assert not prefetch.done()
+    for _ in range(4):
+        mover.release_all()
+        w.run()
+    assert w.value("spare_requests_total") == 0
+    assert prefetch.done()
+
+
+def test_who_costs_more_than_a_share_of_a_batch_waits(world: Make) -> None:
+    """A batch costs 22 tokens here, and b has 23; c has 13."""
+    w, mover = cheap(world)
+    w.pace(1e-3, 22e-3)
+    w.put("c", 11)
+    first, large, small = w.submit("a"), w.submit("b"), w.submit("c")
+    w.run()
+    assert [each.future.done() for each in (first, large, small)] == [False, False, True]
+    for _ in range(4):
+        mover.release_all()
+        w.run()
+    assert large.verify().host_tokens == 23
+    assert w.value("spare_requests_total") == 1
+
+
+def test_who_waits_for_a_load_is_encoded_with_others_and_kept(world: Make) -> None:
+    w = world(gpu_pages=20, host_pages=40)
+    for user in "ab":
+        w.put(user, 21)
+        w.score(user)
+    w.evict_from_gpu()
+    w.delay_copies()
+    w.pace(**CHEAP)
+    alone = w.submit("a")
+    w.step()
+    assert not alone.future.done()  # no batch runs without it
+    assert w.tiers.mover.submitted == ["load"]
+    w.tiers.mover.release_all()
+    w.run()
+    assert alone.verify().host_tokens > 0
+    batches = w.value("batches_total")
+    ready, joined = w.submit("a"), w.submit("b")
+    w.step()
+    assert ready.verify().encoded_tokens == 0
+    result = joined.verify()
+    assert (result.host_tokens, result.gpu_tokens + result.encoded_tokens) == (0, 23)
+    assert w.value("batches_total") == batches + 1
+    assert w.held("b") == (23, 23)
+    assert w.value("spare_requests_total") == 0
+
+
+def test_room_stays_with_those_who_have_it_until_others_have_waited_long_enough(world: Make) -> None:
+    """Of three users two fit: the first two, who ask all the time, and the third, who gets its turn nevertheless."""
+    w = world(gpu_pages=13, host_pages=0)
+    for user in "abc":
+        w.put(user, 21)
+    for user in "ab":
+        w.score(user)
+    waiting = w.submit("c")
+    for _ in range(PATIENCE):
+        others = [w.submit(user) for user in "ab"]
+        w.step()
+        assert [each.verify().gpu_tokens for each in others] == [23, 23]
+        assert not waiting.future.done()
+    others = [w.submit(user) for user in "ab"]
+    w.run()
+    assert waiting.verify().encoded_tokens == 23
+    for each in others:
+        each.verify()

@@ -218,11 +218,18 @@ class EngineMachine(RuleBasedStateMachine):
         if self.mover.jobs:
             self.mover.release(which % len(self.mover.jobs))
 
-    @rule(delayed=st.booleans(), failing=st.sampled_from([0, 0, 0, 1, 2, 3]), dear=st.sampled_from([0, 0, 0, 1e-5, 9]))
-    def switch_copies(self, delayed: bool, failing: int, dear: float) -> None:
-        """Hold copies back or not; make none, or each first, second or third one fail; expect loads to take long."""
+    @rule(
+        delayed=st.booleans(),
+        failing=st.sampled_from([0, 0, 0, 1, 2, 3]),
+        dear=st.sampled_from([0, 0, 0, 1e-5, 9]),
+        batch_s=st.sampled_from([0, 0, 3e-5, 9]),
+    )
+    def switch_copies(self, delayed: bool, failing: int, dear: float, batch_s: float) -> None:
+        """Hold copies back or not; make none, or each first, second or third one fail; expect loads, or batches, to take
+        long.
+        """
         self.delayed, self.failing, self.mover.load_seconds = delayed, failing, dear
-        self.world.pace(1e-6 if dear else 0.0)
+        self.world.pace(1e-6 if dear or batch_s else 0.0, batch_s)
 
     @precondition(lambda self: self.world.tiers.restoring is not None)
     @rule(layer=st.sampled_from([0, 1, 1, 2, 2, 3, None]))

@@ -8,8 +8,9 @@ import numpy as np
 from small_models import SCHEMA, make_behaviours, make_candidates, small_config
 
 from mtserve.engine.job import Job, make_job
+from mtserve.engine.scheduler import PATIENCE
 from mtserve.engine.sequence import SequenceBuilder
-from mtserve.engine.window import open_window
+from mtserve.engine.window import in_turn, open_window
 from mtserve.types import History
 
 BUILDER = SequenceBuilder(small_config(), SCHEMA, "weights")
@@ -63,3 +64,31 @@ def test_what_a_copy_holds_of_users_let_in_is_counted_once() -> None:
     assert window(6, *jobs, a=2, b=2, c=1) == {"a": 2, "b": 2, "c": 2}
     assert window(5, *jobs, a=2, b=2, c=1) == {"a": 2, "b": 2}
     assert window(4, score("b", 2), hint("b", 3), hint("c", 1), b=2) == {"b": 3, "c": 1}
+
+
+def test_who_has_most_of_its_prefix_there_gets_room_first() -> None:
+    jobs = [score("a", 4), score("b", 4), score("c", 2), score("d", 4)]
+    held = {"b": 7, "c": 2, "d": 6}  # of 14, 14, 6 and 14 tokens
+    assert in_turn(jobs, lambda job: held.get(job.user_id, 0)) == [jobs[1], jobs[0], jobs[2], jobs[3]]
+
+
+def test_who_let_later_ones_go_first_for_long_comes_before_them() -> None:
+    jobs = [score("a", 4), score("b", 4), score("c", 4)]
+    jobs[2].overtaken = PATIENCE
+    assert in_turn(jobs, lambda job: 14 if job is jobs[1] else 0) == [jobs[2], jobs[1], jobs[0]]
+    jobs[2].overtaken -= 1
+    assert in_turn(jobs, lambda job: 14 if job is jobs[1] else 0) == [jobs[1], jobs[0], jobs[2]]
+
+
+def test_who_was_given_room_keeps_it_until_its_batch() -> None:
+    jobs = [score("a", 4), score("b", 4), score("c", 4), score("d", 4)]
+    jobs[0].overtaken, jobs[1].begun = PATIENCE, True
+    jobs[2].loads = jobs[3].loads = 1
+    held = {jobs[2]: 14}  # what was loaded for d was evicted again
+    assert in_turn(jobs, lambda job: held.get(job, 0)) == [jobs[1], jobs[2], jobs[0], jobs[3]]
+
+
+def test_prefetches_get_room_behind_every_score() -> None:
+    jobs = [score("a", 4), hint("b", 4), hint("c", 4)]
+    jobs[2].overtaken = PATIENCE
+    assert in_turn(jobs, lambda job: 14 if job.user_id == "b" else 0) == [jobs[0], jobs[2], jobs[1]]
