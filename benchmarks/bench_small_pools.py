@@ -36,11 +36,12 @@ from mtserve import provenance  # noqa: E402
 from mtserve.cli.console import Phases  # noqa: E402
 from mtserve.config import EngineConfig  # noqa: E402
 from mtserve.restore.gpus import gpu_figures  # noqa: E402
-from mtserve.trace.features import TraceRows  # noqa: E402
-from mtserve.trace.generator import GeneratorConfig, generate  # noqa: E402
+from mtserve.trace.generator.config import GeneratorConfig  # noqa: E402
+from mtserve.trace.generator.synthesis import generate  # noqa: E402
 from mtserve.trace.hits import hit_ratio  # noqa: E402
 from mtserve.trace.io import read_trace  # noqa: E402
-from mtserve.trace.replay import size_tiers  # noqa: E402
+from mtserve.trace.replay.features import TraceRows  # noqa: E402
+from mtserve.trace.replay.runs import size_tiers  # noqa: E402
 from mtserve.trace.schema import Trace  # noqa: E402
 
 MODEL, GPU, IN_FLIGHT = "hstu-512", "h200", 8

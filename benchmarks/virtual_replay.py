@@ -29,10 +29,10 @@ from mtserve.history.memory import MemoryHistory
 from mtserve.model.presets import default_schema, preset
 from mtserve.model.ranking import RankingModel
 from mtserve.model.weights import initialise
-from mtserve.trace.driver import Answer, Driver
-from mtserve.trace.features import TraceRows
-from mtserve.trace.replay import WARM_UP_USERS
-from mtserve.trace.run_log import RunLog
+from mtserve.trace.replay.driver import Answer, Driver
+from mtserve.trace.replay.features import TraceRows
+from mtserve.trace.replay.run_log import RunLog
+from mtserve.trace.replay.runs import WARM_UP_USERS
 from mtserve.types import History, Request
 
 CLIENT_S = 50e-6
@@ -56,7 +56,7 @@ class VirtualEngine:
         self.engine = Engine(model, config, history=history, clock=self.clock, start=False)
         self._core = core = self.engine._core
         self.runner = VirtualRunner(machine, self.clock, len(model.config.tasks), seed)
-        core._runner = self.runner
+        core.served.runner = self.runner
         self._mover: VirtualMover | None = None
         tiers = core.tiers
         if tiers is None:

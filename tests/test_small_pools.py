@@ -13,8 +13,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from mtserve.trace.features import TraceRows
-from mtserve.trace.generator import GeneratorConfig, generate
+from mtserve.trace.generator.config import GeneratorConfig
+from mtserve.trace.generator.synthesis import generate
+from mtserve.trace.replay.features import TraceRows
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SHORT = GeneratorConfig(
