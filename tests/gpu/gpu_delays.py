@@ -41,7 +41,7 @@ def delay_submissions(mover: CudaMover, cycles: Callable[[str], int]) -> None:
     mover.submit = late  # type: ignore[method-assign]
 
 
-def delay_groups(monkeypatch: pytest.MonkeyPatch, mover: CudaMover, cycles: Callable[[int, int], int]) -> None:
+def delay_groups(mover: CudaMover, cycles: Callable[[int, int], int]) -> None:
     """Before each group of layers of a grouped load, `cycles(load, group)` pass; loads are counted from 0."""
     base, page_bytes = mover.pool.data_ptr(), mover.pool[:1].nbytes
     load, group, begun = -1, 0, -1
@@ -55,4 +55,4 @@ def delay_groups(monkeypatch: pytest.MonkeyPatch, mover: CudaMover, cycles: Call
             delay_stream(mover._lanes[LOAD].stream, cycles(load, group))
         return 0
 
-    interpose(monkeypatch, mover, LOAD, late)
+    interpose(mover, LOAD, late)

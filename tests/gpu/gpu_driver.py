@@ -38,17 +38,21 @@ Before = Callable[[Copies], int]
 """Called by the queue's thread before the driver: the code to fail with instead of asking it, 0 for none."""
 
 
-def interpose(monkeypatch: pytest.MonkeyPatch, mover: CudaMover, kind: str, before: Before) -> None:
-    """Have `before` see each call that copies of the mover's queue of `kind`, which has nothing under way."""
+def interpose(mover: CudaMover, kind: str, before: Before) -> None:
+    """Have `before` see each call that copies of the mover's queue of `kind`, which has nothing under way.
+
+    To the mover's end: another queue knows no ticket of this one, and who waited there for one would do so for ever.
+    """
     lane = mover._lanes[kind]
+    assert not lane.under_way
     calls = {batch_name(): _batches(before), STRIDED: _strided(before)}
-    with monkeypatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(queues, "address_of", lambda name: _address(calls[name]) if name in calls else address_of(name))
         made = DriverQueue(current_context())
     ALIVE.append(calls)
     if "submit" in vars(lane.queue):
         in_step(made)
-    monkeypatch.setattr(lane, "queue", made)
+    lane.queue = made
 
 
 def in_step(queue: DriverQueue) -> None:

@@ -290,7 +290,7 @@ def _errors(pending: list[Pending], truth: list[np.ndarray]) -> list[float]:  # 
     return [_error([each], [expected]) for each, expected in zip(pending, truth, strict=True)]
 
 
-def _delayed(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def _delayed(w: World) -> None:
     """Copies both ways and batches begin late at random, a load's last layers above all."""
     rng = np.random.default_rng(8)
     mover, runner = w.tiers.mover, w.engine._core.served.runner
@@ -299,7 +299,7 @@ def _delayed(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
         return int(rng.choice(milliseconds) * MS)
 
     delay_submissions(mover, lambda kind: cycles(0, 0, 0.3, 3))
-    delay_groups(monkeypatch, mover, lambda load, group: cycles(2, 8) if group == 3 else cycles(0, 0, 1))
+    delay_groups(mover, lambda load, group: cycles(2, 8) if group == 3 else cycles(0, 0, 1))
     start = runner.start
 
     def late(*arguments: Any) -> Any:
@@ -315,7 +315,7 @@ def _overlapping(world: Make, monkeypatch: pytest.MonkeyPatch, model: RankingMod
     monkeypatch.setattr("mtserve.engine.memory.HostArena", partial(HostArena, chunk_bytes=1))
     w = world(model, gpu_pages=22, host_pages=90, **SIZES, **options)
     torch.cuda._sleep(1)  # loads its kernel, which would wait for all streams
-    _delayed(w, monkeypatch)
+    _delayed(w)
     return w
 
 

@@ -382,36 +382,32 @@ def test_a_load_that_fails_leaves_its_pages_and_the_others_alone(make_link: Make
 
 
 @pytest.mark.parametrize("kind", [LOAD, STORE])
-def test_a_copy_that_the_driver_refuses_is_told_and_the_next_one_works(
-    make_link: Make, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_a_copy_that_the_driver_refuses_is_told_and_the_next_one_works(make_link: Make, kind: str) -> None:
     link = make_link()
     copies = [_copy(1, [3, 4, 9], [5, 6, 7]), _copy(2, [1], [1])]
-    with monkeypatch.context() as patched:
-        _refuse(patched, link, kind)
-        link.mover.submit(kind, copies)
-        finished = _end(link)
+    _refuse(link, kind)
+    link.mover.submit(kind, copies)
+    finished = _end(link)
     assert [each.ticket for each in finished] == [1, 2]
     assert f"{kind} of 3 pages: cuMemcpyBatchAsync: error 1" in str(finished[0].error)
     assert f"{kind} of 1 pages: " in str(finished[1].error)
     _assert_exact(link, kind, copies)
 
 
-def test_a_load_that_fails_between_its_groups_is_never_near(make_link: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_that_fails_between_its_groups_is_never_near(make_link: Make) -> None:
     link = make_link()
     copies = [_copy(1, np.arange(32), np.arange(32))]
-    with monkeypatch.context() as patched:
-        _refuse(patched, link, LOAD, after=2)
-        link.mover.submit(LOAD, copies)
-        assert len(link.mover._loads[1].events) == 4
-        link.mover._loads[1].events[-1].synchronize()
-        assert not link.mover.near(1)
+    _refuse(link, LOAD, after=2)
+    link.mover.submit(LOAD, copies)
+    assert len(link.mover._loads[1].events) == 4
+    link.mover._loads[1].events[-1].synchronize()
+    assert not link.mover.near(1)
     (finished,) = _end(link)
     assert "load of 32 pages: cuMemcpy2DAsync_v2: error 1" in str(finished.error)
     _assert_exact(link, LOAD, copies)
 
 
-def _refuse(patched: pytest.MonkeyPatch, link: Link, kind: str, after: int = 0) -> None:
+def _refuse(link: Link, kind: str, after: int = 0) -> None:
     """The driver makes so many calls that copy, and refuses the next one."""
     seen = 0
 
@@ -420,7 +416,7 @@ def _refuse(patched: pytest.MonkeyPatch, link: Link, kind: str, after: int = 0) 
         seen += 1
         return 1 if seen == after + 1 else 0
 
-    interpose(patched, link.mover, kind, before)
+    interpose(link.mover, kind, before)
 
 
 class PinsTwice:
@@ -466,7 +462,7 @@ def test_a_chunk_that_cannot_be_pinned_leaves_no_error_behind() -> None:
     host.close()
 
 
-def test_no_copy_crosses_the_end_of_a_chunk(make_link: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_copy_crosses_the_end_of_a_chunk(make_link: Make) -> None:
     link = make_link(arena_pages=290)
     base, chunk = link.host.tensor.data_ptr(), link.host.chunk_pages * LARGE.bytes
     spans: list[tuple[int, int]] = []
@@ -478,7 +474,7 @@ def test_no_copy_crosses_the_end_of_a_chunk(make_link: Make, monkeypatch: pytest
         return 0
 
     for kind in (LOAD, STORE):
-        interpose(monkeypatch, link.mover, kind, partial(note, kind))
+        interpose(link.mover, kind, partial(note, kind))
     rng = np.random.default_rng(7)
     for turn in range(6):
         kind = (LOAD, STORE)[turn % 2]
@@ -495,11 +491,9 @@ def test_no_copy_crosses_the_end_of_a_chunk(make_link: Make, monkeypatch: pytest
 # What comes late
 
 
-def test_a_load_is_near_once_half_its_groups_came_or_little_is_left(
-    make_link: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_load_is_near_once_half_its_groups_came_or_little_is_left(make_link: Make) -> None:
     link = make_link()
-    delay_groups(monkeypatch, link.mover, lambda load, group: 0 if group == 3 else 200 * MS)
+    delay_groups(link.mover, lambda load, group: 0 if group == 3 else 200 * MS)
     link.fill(LOAD)
     copies = [_copy(1, np.arange(32), np.arange(32) + 5), _copy(2, np.arange(32) + 32, np.arange(32) + 70)]
     expected = _expected(link, LOAD, copies)
@@ -527,9 +521,9 @@ def test_a_load_is_near_once_half_its_groups_came_or_little_is_left(
     assert [each.ticket for each in _end(link)] == [2]
 
 
-def test_arrivals_of_several_loads_are_those_of_the_last(make_link: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrivals_of_several_loads_are_those_of_the_last(make_link: Make) -> None:
     link = make_link()
-    delay_groups(monkeypatch, link.mover, lambda load, group: 20 * MS)
+    delay_groups(link.mover, lambda load, group: 20 * MS)
     link.fill(LOAD)
     copies = [
         _copy(1, np.arange(32), np.arange(32) + 5),
@@ -606,9 +600,9 @@ def gated(make_link: Make, monkeypatch: pytest.MonkeyPatch) -> Gated:
     return Gated(make_link(MIDDLE, 64, 64))
 
 
-def test_the_layers_of_a_graph_wait_for_their_pages(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_layers_of_a_graph_wait_for_their_pages(gated: Gated) -> None:
     link, gates = gated.link, gated.gates[0]
-    delay_groups(monkeypatch, link.mover, lambda load, group: 40 * MS)
+    delay_groups(link.mover, lambda load, group: 40 * MS)
     link.mover.submit(LOAD, gated.copies[:1])
     gates.open_at(link.mover.arrivals([0]), gated.stream)
     gated.gated.launch(gated.inside[0], gated.stream)
@@ -629,9 +623,9 @@ def test_the_layers_of_a_graph_wait_for_their_pages(gated: Gated, monkeypatch: p
         assert _same(graph.out, gated.expected[0])
 
 
-def test_a_graph_that_does_not_wait_reads_too_early(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_does_not_wait_reads_too_early(gated: Gated) -> None:
     """What the tests around this one would see, were there no waits."""
-    delay_groups(monkeypatch, gated.link.mover, lambda load, group: 40 * MS)
+    delay_groups(gated.link.mover, lambda load, group: 40 * MS)
     gated.link.mover.submit(LOAD, gated.copies[:1])
     gated.free.launch(gated.inside[0], gated.stream)
     torch.cuda.synchronize()
@@ -651,10 +645,10 @@ def test_a_graph_over_a_load_that_is_there_already_waits_for_nothing(gated: Gate
     _end(gated.link)
 
 
-def test_batches_in_flight_wait_for_their_own_loads_alone(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_in_flight_wait_for_their_own_loads_alone(gated: Gated) -> None:
     """Two launches of one graph: what the second waits for is marked while the first has not even begun."""
     mover = gated.link.mover
-    delay_groups(monkeypatch, mover, lambda load, group: 30 * MS)
+    delay_groups(mover, lambda load, group: 30 * MS)
     results = [torch.empty_like(gated.gated.out) for _ in range(2)]
     done = [Event() for _ in range(2)]
     torch.cuda.synchronize()
@@ -678,10 +672,10 @@ def test_batches_in_flight_wait_for_their_own_loads_alone(gated: Gated, monkeypa
     assert [each.ticket for each in _end(gated.link)] == [0, 1]
 
 
-def test_gates_are_used_again_by_the_batch_after_the_next(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gates_are_used_again_by_the_batch_after_the_next(gated: Gated) -> None:
     """Three batches over three loads, two of them in flight at any time, as an engine runs them."""
     mover = gated.link.mover
-    delay_groups(monkeypatch, mover, lambda load, group: (7, 0, 30, 3)[(load + group) % 4] * MS)
+    delay_groups(mover, lambda load, group: (7, 0, 30, 3)[(load + group) % 4] * MS)
     results = [torch.empty_like(gated.gated.out) for _ in range(3)]
     done = [Event() for _ in range(3)]
     torch.cuda.synchronize()
