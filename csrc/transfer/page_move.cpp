@@ -70,10 +70,13 @@ void PageMove::run(const DriverFunctions& driver, const std::atomic<bool>& stopp
         if (stopping) return;
         if (step.copied) first.note(driver.queue_record(step.copied, stream));
         if (!step.made) continue;
+        if (stopping) return;
         first.note(driver.queue_wait(make_stream, step.copied));
+        if (stopping) return;
         const int64_t count = step.make_end - step.make_begin;
         if (!first.function && count && step.first < step.last)
             first.note(kernel.launch(driver, pool_pages.data() + step.make_begin, count, step.first, step.last, make_stream));
+        if (stopping) return;
         first.note(driver.queue_record(step.made, make_stream));
     }
 }

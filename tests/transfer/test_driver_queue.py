@@ -381,3 +381,28 @@ def test_a_call_that_hangs_does_not_keep_its_queue_and_is_the_last() -> None:
         time.sleep(0.001)
     time.sleep(0.05)
     assert driver.names() == ["set_context", "record"]
+
+
+@pytest.mark.parametrize("calls", [2, 3, 4])
+def test_a_call_that_hangs_within_a_move_is_the_last(calls: int) -> None:
+    driver, sides = Driver(), Sides()
+    steps = [0, 3, 0, 4, EVENT, 0, 3, EVENT + 1]
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hang(name: str, call: int) -> int:
+        if len(driver.calls) == calls:
+            reached.set()
+            go_on.wait()
+        return 0
+
+    driver.fails = hang
+    sides.move(driver, [*steps, *steps])
+    driver.queue.submit()
+    assert reached.wait(10)
+    del driver.queue  # waits for a second, and gives up
+    go_on.set()
+    deadline = time.monotonic() + 10
+    while len(driver.calls) <= calls and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert driver.names() == ["set_context", "copy_batch", "record", "wait_event", "launch", "record"][: calls + 1]
