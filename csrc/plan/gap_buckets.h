@@ -13,12 +13,13 @@ namespace mtserve {
 
 class GapBuckets {
 public:
-    // `thresholds`: the smallest gap of each bucket, ascending; gaps below the second are of the first, whatever that says.
-    // Throws InvalidArgument where there is none, or where they fall.
+    // `thresholds`: the smallest gap of each bucket, ascending, the second above 0; gaps below that are of the first, whatever
+    // the first says. Throws InvalidArgument for others, and where there is none.
     explicit GapBuckets(const std::vector<int64_t>& thresholds)
         : thresholds_(thresholds), last_(static_cast<int32_t>(thresholds.size()) - 1) {
         if (thresholds.empty() || !std::is_sorted(thresholds.begin(), thresholds.end()))
             throw invalid_argument("gap_thresholds", "needs at least one, ascending");
+        if (thresholds.size() > 1 && thresholds[1] < 1) throw invalid_argument("gap_thresholds", "needs a second above 0");
         const auto bucket_of = [&](int64_t gap) {
             return static_cast<int32_t>(std::upper_bound(thresholds.begin() + 1, thresholds.end(), gap) - thresholds.begin() - 1);
         };

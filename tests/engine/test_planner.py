@@ -436,7 +436,7 @@ def test_unfit_room_is_named_and_nothing_is_written(name: str, array: Any) -> No
     ("field", "value"),
     [("users", -1), ("user_bytes", 0), ("behaviour_bytes", 7), ("candidate_bytes", 2**31), ("page_tokens", 0),
      ("tile_tokens", 0), ("rows_of_part", 0), ("gap_thresholds", np.empty(0, np.int64)), ("gap_thresholds", np.array([1, 0])),
-     ("gap_thresholds", np.zeros(64, INT32))],
+     ("gap_thresholds", np.array([-2, 0, 5])), ("gap_thresholds", np.zeros(64, INT32))],
 )  # fmt: skip
 def test_a_bad_shape_is_named(field: str, value: Any) -> None:
     with pytest.raises(InvalidArgument) as error:
