@@ -53,7 +53,7 @@ class Onload:
         # A prefetch may have nothing to do but to wait for its load, which a batch would do in the loop's place.
         if present.in_batch or (present.loading and (job.prefetch or not self._comes(job.user_id))):
             return None
-        tokens = self._held_tokens(job)
+        tokens = max(present.gpu_tokens, present.arriving_tokens)
         if present.host_tokens > tokens and job.loads < MAX_LOADS:
             return None
         return tokens
@@ -117,9 +117,9 @@ class Onload:
     def survey(self, jobs: Sequence[Job], token_s: float, reserved_pages: int) -> None:
         """Look at what each tier has of these jobs' prefixes.
 
-        Only the first users whose prefixes the device can hold together, beside the `reserved_pages` of the batch under
-        way, are near: more would evict one another. `token_s`: seconds in which the device encodes a token, 0 where not
-        known.
+        Only users whose prefixes the device can hold together, the first in turn, beside the `reserved_pages` of the batch
+        under way, are near: more would evict one another. `token_s`: seconds in which the device encodes a token, 0 where
+        not known.
         """
         found = self._index.survey([job.user_id for job in jobs], [job.sequence.chain for job in jobs])
         self._surveyed = dict(zip(jobs, found, strict=True))
@@ -138,16 +138,13 @@ class Onload:
         some of them need not wait for any.
         """
         self._decided, self._declined = [], False
-        waiting = [job for job in jobs if self._near(job) and self._waits(self._presence(job))]
+        waiting = [job for job in jobs if self._near(job) and _waits(self._presence(job))]
         # Whoever had better be encoded in a batch that others make anyway needs no load.
         ready = any(self.cached(job) is not None for job in jobs) if waiting else False
         for job in waiting:
             if not ready or self.passes(job) is None:
                 self._bring(job, self._presence(job))
         return self._decided, self._declined
-
-    def _waits(self, present: Presence) -> bool:
-        return present.loading or present.host_tokens > present.gpu_tokens
 
     def _bring(self, job: Job, present: Presence) -> None:
         if present.in_batch:
@@ -219,3 +216,8 @@ class Onload:
         """A second request of a user whose load is under way waits for the same one."""
         if job.loads == 0:
             job.loads, job.loaded_from = 1, gpu_tokens
+
+
+def _waits(present: Presence) -> bool:
+    """Whether a load brings, or could bring, what the device has not."""
+    return present.loading or present.host_tokens > present.gpu_tokens
