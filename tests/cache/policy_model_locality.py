@@ -8,7 +8,7 @@ from collections.abc import Collection
 from policy_models import MASK, Model, first
 
 AGES = 44
-SIZES, RATES = 8, 4
+SIZES, RATES = 8, 8
 KINDS = SIZES * RATES
 
 
@@ -93,7 +93,13 @@ class Watch:
 
     @staticmethod
     def shares(ended: list[int], passed: list[int], others: list[float]) -> list[float]:
-        return [(end + 32 * other) / (end + on + 32) for end, on, other in zip(ended, passed, others, strict=True)]
+        out, likelier = list[float](), 1.0
+        for end, on, other in zip(ended, passed, others, strict=True):
+            theirs = other / (1 - other)
+            odds = theirs * likelier
+            out.append((end + 128 * (odds / (1 + odds))) / (end + on + 128))
+            likelier = min(max(out[-1] / (1 - out[-1]) / theirs, 1 / 64), 64.0)
+        return out
 
     def returns(self) -> list[list[float]]:
         """By kind, the share that returns during each age of those who reach it."""
@@ -103,31 +109,39 @@ class Watch:
 
 
 class Habits:
-    def __init__(self) -> None:
-        self.buckets: list[list[tuple[int, int, float]]] = [[] for _ in range(512)]  # tag, frequency, minute
+    UNIT = 4 * 3600.0
 
-    def bucket(self, key: int) -> tuple[list[tuple[int, int, float]], int]:
+    def __init__(self) -> None:
+        self.buckets: list[list[tuple[int, int, int]]] = [[] for _ in range(256)]  # tag, time, frequency
+
+    def bucket(self, key: int) -> tuple[list[tuple[int, int, int]], int]:
         mixed = key * 0x9E3779B97F4A7C15 & MASK
         mixed ^= mixed >> 32
-        return self.buckets[mixed % len(self.buckets)], mixed >> 40
+        return self.buckets[mixed % len(self.buckets)], mixed >> 52
 
     def fit(self, held: int) -> None:
-        while 8 * len(self.buckets) < 4 * held:
+        while 16 * len(self.buckets) < 12 * held:
             self.buckets += [list(bucket) for bucket in self.buckets]
 
-    def take(self, key: int) -> tuple[int, float]:
+    @staticmethod
+    def rounded(frequency: int) -> int:
+        """The middle of the 16th of its power of two that it is in."""
+        step = 2 ** (frequency.bit_length() - 5)
+        return frequency // step * step + step // 2
+
+    def take(self, key: int, now: float) -> tuple[int, float]:
         bucket, tag = self.bucket(key)
         for place in bucket:
             if place[0] == tag:
                 bucket.remove(place)
-                return place[1], place[2] * 60.0
+                units = (math.floor(now / self.UNIT) - place[1]) % 4096
+                return place[2], 0.0 if units >= 2048 else units * self.UNIT
         return 0, 0.0
 
     def put(self, key: int, frequency: int, last: float) -> None:
-        self.take(key)
         bucket, tag = self.bucket(key)
-        bucket.insert(0, (tag, frequency, last // 60))
-        del bucket[8:]
+        bucket.insert(0, (tag, math.floor(last / self.UNIT), self.rounded(frequency)))
+        del bucket[16:]
 
 
 class Locality(Model):
@@ -163,7 +177,7 @@ class Locality(Model):
         return sum(pages >= 8 * 2**step for step in range(SIZES - 1))
 
     def kind_of(self, slot: int) -> int:
-        return self.size[slot] * RATES + sum(self.frequency[slot] / 64 > 32 * 2**step for step in range(RATES - 1))
+        return self.size[slot] * RATES + sum(self.frequency[slot] / 64 > 4 * 2**step for step in range(RATES - 1))
 
     def queue_of(self, slot: int) -> list[int]:
         return next(queue for queue in self.queues if slot in queue)
@@ -174,9 +188,9 @@ class Locality(Model):
         return int(min(65535.0, left + 64 + 0.5))
 
     def inserted(self, slot: int) -> None:
-        frequency, last = self.habits.take(self.keys[slot])
+        frequency, idle = self.habits.take(self.keys[slot], self.now)
         self.size[slot] = self.level(self.pages[slot])
-        self.frequency[slot] = self.one_more(frequency, self.now - last)
+        self.frequency[slot] = self.one_more(frequency, idle)
         self.turns += 1
         self.asked[slot], self.last[slot], self.turn[slot] = self.now, self.now, self.turns
         kind = self.kind_of(slot)

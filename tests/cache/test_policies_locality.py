@@ -121,15 +121,15 @@ def test_where_the_clock_stands_still_it_is_lru(now: float):
 
 
 def test_until_something_is_learned_it_is_lru():
-    """Kinds differ, but nothing is known of them."""
+    """Kinds differ, but nothing is known of them before the 64th request."""
     policy = _Policy("locality", 1000)
-    for slot in range(100):
+    for slot in range(60):
         policy.insert(slot, slot, 1 + slot % 20, slot * 60.0)
     victims = []
     while (victim := policy.victim((), 7000.0)) is not None:
         victims.append(victim)
         policy.remove(victim, True)
-    assert victims == list(range(100))
+    assert victims == list(range(60))
 
 
 def _learn(policy: Any) -> float:
@@ -221,14 +221,51 @@ def test_habits_are_known_by_any_epoch(start: float):
     assert len(others.victims) > 500
 
 
+def test_frequencies_are_remembered_to_a_32nd():
+    pair = Pair(100)
+    for requests in (1, 2, 3, 40, 1000, 3000):
+        now = 3e6 * requests
+        pair.tell("insert", 0, requests, 1, now)
+        for _ in range(requests - 1):
+            pair.tell("access", 0, now)
+        before = pair.model.frequency[0]
+        pair.tell("remove", 0, True)
+        pair.tell("insert", 0, requests, 1, now)
+        assert abs(pair.model.frequency[0] - 64 - before) <= before / 32 or before > 65535 - 64
+        pair.tell("remove", 0, False)
+
+
+@pytest.mark.parametrize(("days", "left"), [(-100, 40), (0, 40), (7, 20), (300, 1)])
+def test_habits_fade_while_a_user_is_away(days: int, left: int):
+    """A clock that went back fades nothing."""
+    pair = Pair(100)
+    pair.tell("insert", 0, 7, 1, 1e8)
+    for _ in range(39):
+        pair.tell("access", 0, 1e8)
+    pair.tell("remove", 0, True)
+    pair.tell("insert", 0, 7, 1, 1e8 + days * 86400.0)
+    assert pair.model.frequency[0] / 64 == pytest.approx(left + 1, rel=0.04)
+
+
+def test_who_comes_back_seldom_after_hours_is_taken_to_after_days():
+    """Nothing ends or passes at the ages after the 20th; all classes together are as unknown there."""
+    watch = Watch()
+    for age in range(20):
+        watch.ended[0][age], watch.passed[0][age] = 900, 100
+        watch.ended[1][age], watch.passed[1][age] = 100, 900
+    often, seldom, unknown = watch.returns()[:3]
+    for age in range(20, AGES):
+        assert seldom[age] < unknown[age] < often[age]
+
+
 def test_habits_are_bounded():
-    """However many users were evicted, the places are 16 for each that the tier held at most, or 4096."""
+    """However many users were evicted, the places are 24 for each that the tier held at most, or 4096."""
     pair = Pair(10)
     for user in range(6000):
         pair.request(user, 1, float(user))
     remembered = sum(map(len, pair.model.habits.buckets))
     assert remembered <= 4096 < len(pair.victims)
-    assert all(len(bucket) <= 8 for bucket in pair.model.habits.buckets)
+    assert all(len(bucket) <= 16 for bucket in pair.model.habits.buckets)
     pair.policy.check()
 
 

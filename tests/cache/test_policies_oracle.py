@@ -48,7 +48,7 @@ def found(name: str, trace: Trace, capacity: int, page: int = PAGE) -> Ints:
 
 GOLDEN = {
     "lru": 4828232, "sieve": 4804652, "s3fifo": 4761800, "arc": 4793394, "gdsf": 4408557, "wtinylfu": 4318165,
-    "locality": 4849763, "gap-oracle": 4853575, "belady": 5043121, "optimum": 5045392,
+    "locality": 4850386, "gap-oracle": 4853575, "belady": 5043121, "optimum": 5045392,
 }  # fmt: skip
 
 

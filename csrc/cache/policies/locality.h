@@ -6,8 +6,8 @@
 // requests whose oldest entry is its candidate; of candidates equally dense, as all are where the clock stands still, the
 // one used first goes, and until something is learned, the one idle longest: that is LRU.
 //
-// 48 bytes an entry, 32 to 64 of habits for each and 1.2 MB of the watched; O(1): a choice among the 32 kinds. Pinned
-// entries are passed over where they are.
+// 48 bytes an entry, 48 to 96 of habits for each and 1.2 MB of the watched; O(1): a choice among those of the 64
+// kinds that have entries. Pinned entries are passed over where they are.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "habits.h"
@@ -32,7 +33,7 @@ struct LocalNote {
     uint8_t size = 0;   // level of the most pages that it had
 };
 
-constexpr int8_t kSizeLevels = 8, kRateLevels = 4;
+constexpr int8_t kSizeLevels = 8, kRateLevels = 8;
 
 class Locality final : public Queued<LocalNote, kSizeLevels * kRateLevels> {
 public:
@@ -42,12 +43,13 @@ public:
     }
 
     void insert(Slot slot, const Facts& facts, double now) override {
-        const auto [frequency, last] = habits_.take(facts.key);
+        const auto [frequency, idle_s] = habits_.take(facts.key, now);
         const uint8_t size = size_level(facts.pages);
-        const LocalNote note{facts.key, now, now, ++turn_, frequency.after(now - last), size};
+        const LocalNote note{facts.key, now, now, ++turn_, frequency.after(idle_s), size};
         const int8_t kind = kind_of(note);
         cost_[kind] += (facts.cost - cost_[kind]) / kCosts;
         push_newest(slot, kind, facts.pages, note);
+        listed_ |= bit(kind);
         candidates_[kind].slot = kNoSlot;
         habits_.fit(Queued::size());
         request(facts.key, kind, now);
@@ -66,7 +68,9 @@ public:
         known.last = now;
         known.turn = ++turn_;
         forget_candidate(slot);
-        move_to_newest(slot, kind_of(known));
+        const int8_t kind = kind_of(known);
+        move_to_newest(slot, kind);
+        listed_ |= bit(kind);
         forget_candidate(slot);
     }
 
@@ -76,7 +80,7 @@ public:
     }
 
     void remove(Slot slot, bool evicted) override {
-        if (evicted) habits_.put(note(slot).key, {note(slot).frequency, note(slot).asked});
+        if (evicted) habits_.put(note(slot).key, note(slot).frequency, note(slot).asked);
         forget_candidate(slot);
         drop(slot);
     }
@@ -87,8 +91,10 @@ public:
             for (Candidate& each : candidates_) each.slot = kNoSlot;
         }
         Candidate best;
-        for (int8_t kind = 0; kind < kKinds; ++kind) {
+        for (uint64_t left = listed_; left != 0; left &= left - 1) {
+            const int8_t kind = lowest(left);
             const Slot slot = queue(kind).oldest;
+            if (queue(kind).size == 0) listed_ &= ~bit(kind);
             if (slot == kNoSlot) continue;
             Candidate& each = candidates_[kind];
             if (each.slot != slot) each = candidate(slot);
@@ -96,7 +102,8 @@ public:
         }
         if (best.slot == kNoSlot || evictable(best.slot)) return best.slot;
         best = {};
-        for (int8_t kind = 0; kind < kKinds; ++kind) {
+        for (uint64_t left = listed_; left != 0; left &= left - 1) {
+            const int8_t kind = lowest(left);
             const Slot slot = oldest(kind, evictable);
             if (slot == kNoSlot) continue;
             const Candidate each = candidate(slot);
@@ -107,6 +114,9 @@ public:
 
     void check() const override {
         Queued::check();
+        for (int8_t kind = 0; kind < kKinds; ++kind)
+            if (queue(kind).size > 0 && !(listed_ & bit(kind)))
+                throw corrupt_state("policy", "kind " + std::to_string(kind) + " has entries and is not listed");
         watch_.check();
         habits_.check();
     }
@@ -116,7 +126,7 @@ private:
     static constexpr int kCosts = 64;          // insertions over which a kind's cost is a mean
     static constexpr uint64_t kLearnFirst = 64, kLearnEvery = 16384;  // requests
     static constexpr double kScoredFor = 1;   // s
-    static constexpr double kSeldom = 32, kOftener = 2;  // requests of the lowest level, and the step to the next
+    static constexpr uint32_t kSeldom = 4 * static_cast<uint32_t>(Frequency::kOne);
     struct Candidate {
         Slot slot = kNoSlot;
         uint32_t turn = 0;
@@ -127,16 +137,20 @@ private:
         }
     };
 
+    static_assert(kKinds <= 64);
+    static uint64_t bit(int8_t kind) { return uint64_t{1} << kind; }
+    static int8_t lowest(uint64_t kinds) { return static_cast<int8_t>(__builtin_ctzll(kinds)); }
+
+    static int8_t digits(uint32_t number) { return static_cast<int8_t>(number == 0 ? 0 : 32 - __builtin_clz(number)); }
+
     // Below 8 pages, 16, 32, ... 512, and more.
     static uint8_t size_level(int32_t pages) {
-        uint8_t level = 0;
-        for (int32_t bound = 8; level + 1 < kSizeLevels && pages >= bound; bound *= 2) ++level;
-        return level;
+        return static_cast<uint8_t>(std::min<int8_t>(kSizeLevels - 1, digits(static_cast<uint32_t>(pages) / 8)));
     }
 
+    // Up to 4 requests, 8, 16, ... 256, and more.
     static int8_t kind_of(const LocalNote& note) {
-        int8_t rate = 0;
-        for (double bound = kSeldom; rate + 1 < kRateLevels && note.frequency.requests() > bound; bound *= kOftener) ++rate;
+        const int8_t rate = std::min<int8_t>(kRateLevels - 1, digits((note.frequency.value - 1u) / kSeldom));
         return static_cast<int8_t>(note.size * kRateLevels + rate);
     }
 
@@ -174,6 +188,7 @@ private:
     std::array<Densities, kKinds> density_{};
     std::array<double, kKinds> cost_{};        // of restoring a page, the mean of those inserted last
     std::array<Candidate, kKinds> candidates_{};
+    uint64_t listed_ = 0;                      // kinds that have entries, and some that had
     double scored_at_ = 0;
     uint32_t turn_ = 0;
     uint64_t requests_ = 0, learn_at_ = 0;

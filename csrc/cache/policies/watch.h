@@ -48,8 +48,9 @@ public:
         if (++gaps_ > kMemory * users_.size()) halve();
     }
 
-    // By class; where a class knows little, all classes together speak for it, and before they know anything, a return
-    // that is as likely in each age: the older the less dense.
+    // By class; where a class knows little, all classes together speak for it, their odds times what the class's own were
+    // of theirs an age before: who comes back seldom after hours will after days. Before they know anything, a return is as
+    // likely in each age: the older the less dense.
     std::vector<Returns> returns() const {
         Counts all;
         for (const Counts& counts : counts_) {
@@ -77,8 +78,9 @@ public:
 
 private:
     static constexpr size_t kMemory = 64;
-    static constexpr double kPooled = 32;  // gaps that all classes together count for in each
+    static constexpr double kPooled = 128;  // gaps that all classes together count for in each
     static constexpr double kUnknown = 0.25;
+    static constexpr double kLikelier = 64;  // at most, so that no return is certain
     struct User {
         uint64_t key;
         double last;  // request, s
@@ -90,8 +92,12 @@ private:
         std::array<uint64_t, Ages::kCount> ended{}, passed{};
         Returns returns(const Returns& others) const {
             Returns out;
-            for (int age = 0; age < Ages::kCount; ++age)
-                out[age] = (ended[age] + kPooled * others[age]) / (ended[age] + passed[age] + kPooled);
+            double likelier = 1;  // odds as a multiple of the others' at the age before
+            for (int age = 0; age < Ages::kCount; ++age) {
+                const double theirs = others[age] / (1 - others[age]), odds = theirs * likelier;
+                out[age] = (ended[age] + kPooled * (odds / (1 + odds))) / (ended[age] + passed[age] + kPooled);
+                likelier = std::clamp(out[age] / (1 - out[age]) / theirs, 1 / kLikelier, kLikelier);
+            }
             return out;
         }
     };
