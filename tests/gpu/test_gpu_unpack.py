@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from mtserve.errors import InvalidArgument
+from mtserve.kernels.cuda.driver import Event, current_context
+from mtserve.kernels.cuda.queue import DriverQueue, PageLink
 from mtserve.kernels.host_format.shape import FormatShape
 from mtserve.kernels.unpack.cuda import MOST_PAGES, UnpackKernel
 from mtserve.kernels.unpack.reference import FORMATS, unpack_pages
@@ -207,6 +209,28 @@ def test_launches_in_a_row_do_not_wait_for_one_another_to_be_right(format: str) 
         kernel.run(some, 0, LAYERS, stream())
         some[:] = -1
     torch.cuda.synchronize()
+    assert torch.equal(bits(case.pool), expected)
+
+
+@every_format
+@pytest.mark.parametrize("count", [41, 2 * MOST_PAGES + 3])
+def test_the_thread_of_a_queue_makes_the_same(format: str, count: int) -> None:
+    """Of pages that are there already: it copies none."""
+    case, copying, making = Case(format, (64, 2, 32), count), torch.cuda.Stream(), torch.cuda.Stream()
+    expected, kernel = bits(case.run(1, 3)).clone(), case.kernel()
+    case.pool.fill_(NAN)
+    torch.cuda.synchronize()
+    queue, copied, made = DriverQueue(current_context()), Event(), Event()
+    link = PageLink(
+        pool=case.packed.data_ptr(), pool_pages=len(case.pool), arena=0, arena_pages=len(case.pool), layers=LAYERS,
+        layer_bytes=case.shape.layer_bytes, chunk_pages=0, strided_bytes=0,
+    )  # fmt: skip
+    steps, streams = [0, 0, 1, 3, copied.handle, 0, count, made.handle], (copying.cuda_stream, making.cuda_stream)
+    queue.move(link, True, case.pages, case.pages, steps, *streams, kernel.for_queues())
+    ticket = queue.submit()
+    queue.wait(ticket)
+    assert queue.take_error(ticket) is None
+    made.synchronize()
     assert torch.equal(bits(case.pool), expected)
 
 
