@@ -19,7 +19,6 @@ class CudaUnpacker:
         layers = [layer for layer in model.layers if isinstance(layer, HSTULayer)]
         weights, biases = [layer.uvqk_weight for layer in layers], [layer.uvqk_bias for layer in layers]
         self._kernel = UnpackKernel(packed.shape, packed.pages, states, weights, biases)
-
         self.kernel = self._kernel.for_queues()
 
     def unpack(self, pages: PageIds, first: int, last: int, stream: int) -> None:

@@ -28,8 +28,7 @@ from mtserve.transfer.mover import LOAD, STORE, Fault, Finished, Mover, Pieces, 
 
 MAX_GROUPS = 4  # of layers, in which a long load comes over an idle link
 GROUPED_PIECE_BYTES = 2 << 20  # the least strided piece that keeps the link's rate
-# Least of a group of layers, were all pages to come by groups, and of a part of the others: 0.3 ms of the link. Each
-# costs the loop less than 0.1 ms (in a trial), while the link is at work already.
+# Least of a group of layers, were all pages to come by groups, and of a part of the others: 0.3 ms of the link.
 SPLIT_GROUP_BYTES = 16 << 20
 # Of the pages of a split load one in so many comes by groups of layers: long enough for the device to encode meanwhile
 # what lies behind the groups, while the others come as whole pages at the link's rate. In a trial, of 8 users x 4096
