@@ -22,6 +22,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ RESTORING_SETTINGS = {
 # are long.
 VERIFIED = ("--verify", "10", "--verify-tokens", "2048")
 LONG_VERIFIED = ("--verify", "4", "--verify-tokens", "4096")
+# Seconds after which a test says where it hangs, and after which its whole process is ended.
+HANGS_S, TESTS_S = 60, 420
 
 
 def first_device(number: int, devices: int) -> dict[str, str]:
@@ -84,9 +87,16 @@ def run_tests(processes: int, devices: int) -> dict[str, int]:
 def run_share(files: Sequence[Path], report: Path, environment: dict[str, str]) -> dict[str, int]:
     """Counts of the tests of these files; `status`: what pytest said, 0 where none failed."""
     command = [
-        sys.executable, "-m", "pytest", "-m", "gpu", "--durations", "12", f"--junitxml={report}", *map(str, files)
+        sys.executable, "-m", "pytest", "-m", "gpu", "--durations", "12", "-o", f"faulthandler_timeout={HANGS_S}",
+        f"--junitxml={report}", *map(str, files)
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, check=False, env=environment, text=True, capture_output=True)
+    run = partial(subprocess.run, command, cwd=ROOT, check=False, env=environment, text=True, capture_output=True)
+    try:
+        done = run(timeout=TESTS_S)
+    except subprocess.TimeoutExpired as late:
+        for said in (late.stdout, late.stderr):
+            print(said.decode(errors="replace") if isinstance(said, bytes) else said or "", flush=True)
+        sys.exit(f"GPU tests: {', '.join(path.name for path in files)} were not over after {TESTS_S} s")
     print(done.stdout, done.stderr, flush=True)
     if not report.exists():
         sys.exit(f"pytest ended with status {done.returncode} before it reported")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
@@ -73,6 +74,18 @@ def test_tests_that_fail_or_do_not_run_fail_the_check(gpu_check: ModuleType, mon
         monkeypatch.setattr(gpu_check, "run_share", lambda *_, wrong=wrong: wrong)
         with pytest.raises(SystemExit, match="at least one must run and none may fail"):
             gpu_check.run_tests(1, 1)
+
+
+def test_tests_that_hang_are_ended_and_say_where(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "test_hangs.py"
+    path.write_text("import time, pytest\n\n\n@pytest.mark.gpu\ndef test_waits():\n    time.sleep(60)\n")
+    monkeypatch.setattr(gpu_check, "HANGS_S", 1)
+    monkeypatch.setattr(gpu_check, "TESTS_S", 10)
+    with pytest.raises(SystemExit, match=r"test_hangs\.py were not over after 10 s"):
+        gpu_check.run_share([path], tmp_path / "report.xml", dict(os.environ))
+    assert "in test_waits" in capsys.readouterr().out
 
 
 def test_a_replay_that_nothing_was_held_against_fails_the_check(gpu_check: ModuleType) -> None:
