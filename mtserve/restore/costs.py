@@ -59,6 +59,10 @@ class Costs:
         """The same for what is computed in C++."""
         return _core._RestoreCosts(**{item.name: getattr(self, item.name) for item in fields(self)})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy in this process or another is made from: `core` is made there anew."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
     def to_table(self) -> dict[str, Any]:
         """JSON-able; `from_table` reads it."""
         return {**asdict(self), "link": [list(pair) for pair in self.link]}

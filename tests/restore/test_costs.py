@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from typing import Any
@@ -34,6 +35,14 @@ def test_a_layer_takes_the_sum_of_its_parts() -> None:
 def test_costs_come_back_from_json() -> None:
     for costs in (COSTS, costs_for_cpu(), Costs((), 0, 0, 0, 0, 0, 0)):
         assert Costs.from_table(json.loads(json.dumps(costs.to_table()))) == costs
+
+
+def test_costs_that_were_asked_can_be_copied() -> None:
+    costs = random_costs(np.random.default_rng(2))
+    taken = costs.compute_s(3, 5)
+    copied = copy.deepcopy(costs)
+    assert copied == costs
+    assert copied.compute_s(3, 5) == taken
 
 
 @pytest.mark.parametrize("field", list(COSTS.to_table()))
