@@ -249,6 +249,12 @@ def _plan_attention_work(
     tile_rows: int,
 ) -> tuple[int, int, int]: ...
 
+class _GapBuckets:
+    """Which bucket gaps fall into, as mtserve.model.tokeniser.gap_buckets has it for the same thresholds."""
+
+    def __init__(self, gap_thresholds: npt.NDArray[np.int64]) -> None: ...
+    def find(self, gaps: npt.NDArray[np.int64], out: npt.NDArray[np.int32]) -> None: ...
+
 class _BatchLayout:
     """Lays batches out; `mtserve.engine.batch.BatchArrays` says what it writes."""
 

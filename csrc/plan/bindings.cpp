@@ -147,19 +147,36 @@ nb::tuple plan_batch(const BatchLayout& layout, nb::handle spans, nb::handle fea
     return nb::make_tuple(counts.tiles, nb::tuple(first_token));
 }
 
-void make_layout(BatchLayout* layout, int32_t users, int64_t user_bytes, int64_t behaviour_bytes, int64_t candidate_bytes,
-                 int32_t page_tokens, int32_t tile_tokens, bool full_attention, bool plain_norm, nb::handle gap_thresholds,
-                 int64_t rows_of_part) {
+GapBuckets gap_buckets(nb::handle gap_thresholds) {
     const Buffer thresholds(gap_thresholds, "gap_thresholds", PyBUF_FORMAT);
     if (thresholds.rank() != 1 || !thresholds.holds(8, "lq")) throw invalid_argument("gap_thresholds", "needs an int64 array [buckets]");
     const int64_t* first = thresholds.data<int64_t>();
+    return GapBuckets({first, first + thresholds.extent(0)});
+}
+
+void find_buckets(const GapBuckets& buckets, nb::handle gaps, nb::handle out) {
+    const Buffer in(gaps, "gaps", PyBUF_FORMAT), to(out, "out", PyBUF_FORMAT | PyBUF_WRITABLE);
+    if (in.rank() != 1 || !in.holds(8, "lq")) throw invalid_argument("gaps", "needs an int64 array [n]");
+    int32_t* found = int32_array(to, "out", 0);
+    if (to.extent(0) != in.extent(0)) throw invalid_argument("out", "needs one entry a gap: " + std::to_string(in.extent(0)));
+    const int64_t* gap = in.data<int64_t>();
+    for (int64_t i = 0; i < in.extent(0); ++i) found[i] = buckets.of(gap[i]);
+}
+
+void make_layout(BatchLayout* layout, int32_t users, int64_t user_bytes, int64_t behaviour_bytes, int64_t candidate_bytes,
+                 int32_t page_tokens, int32_t tile_tokens, bool full_attention, bool plain_norm, nb::handle gap_thresholds,
+                 int64_t rows_of_part) {
     new (layout) BatchLayout({users, user_bytes, behaviour_bytes, candidate_bytes, page_tokens, tile_tokens, full_attention,
-                              plain_norm, GapBuckets({first, first + thresholds.extent(0)}), rows_of_part});
+                              plain_norm, gap_buckets(gap_thresholds), rows_of_part});
 }
 
 }  // namespace
 
 void bind_batch_layout(nb::module_& module) {
+    nb::class_<GapBuckets>(module, "_GapBuckets")
+        .def("__init__", [](GapBuckets* self, nb::handle thresholds) { new (self) GapBuckets(gap_buckets(thresholds)); },
+             "gap_thresholds"_a)
+        .def("find", &find_buckets, "gaps"_a, "out"_a);
     nb::class_<BatchLayout>(module, "_BatchLayout")
         .def("__init__", &make_layout, "users"_a, "user_bytes"_a, "behaviour_bytes"_a, "candidate_bytes"_a, "page_tokens"_a,
              "tile_tokens"_a, "full_attention"_a, "plain_norm"_a, "gap_thresholds"_a,

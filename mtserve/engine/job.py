@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mtserve import _core
 from mtserve.engine.sequence import UserSequence
 from mtserve.model.mask import Groups, candidate_limits
-from mtserve.model.tokeniser import gap_buckets
+from mtserve.model.tokeniser import GAP_THRESHOLDS_MS
 from mtserve.types import Rows, ScoreResult
+
+# A search by numpy gives the interpreter's lock away, and may have to wait for it.
+_GAPS = _core._GapBuckets(GAP_THRESHOLDS_MS)
 
 
 @dataclass(eq=False)
@@ -93,7 +97,9 @@ def make_job(
         candidates["time_ms"][unset] = max(int(now * 1000), last + 1)
         exposure = candidates["time_ms"]
     limits, recency = _visible(sequence.groups, times, last, exposure)
-    return Job(sequence, candidates, limits, gap_buckets(recency), future, now, deadline)
+    buckets = np.empty(len(recency), dtype=np.int32)
+    _GAPS.find(recency, buckets)
+    return Job(sequence, candidates, limits, buckets, future, now, deadline)
 
 
 def _visible(

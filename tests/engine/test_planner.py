@@ -292,6 +292,32 @@ def test_gaps_at_the_edges_of_buckets_agree_with_the_model() -> None:
     assert plan.arrays.bucket.tolist() == [0, *gap_buckets(gaps[1:]).tolist()]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_buckets_found_in_cpp_are_those_of_the_model(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    edges = (GAP_THRESHOLDS_MS[:, None] + [-1, 0, 1]).ravel()
+    extremes = np.array([-(2**63), -1, 0, 1, 2**62, 2**63 - 1])
+    gaps = np.concatenate([edges, extremes, np.exp2(rng.uniform(0, 63, 5000)).astype(np.int64)])
+    found = np.full(len(gaps), -1, dtype=np.int32)
+    _core._GapBuckets(GAP_THRESHOLDS_MS).find(gaps, found)
+    assert np.array_equal(found, gap_buckets(gaps))
+
+
+@pytest.mark.parametrize(
+    ("gaps", "out", "field"),
+    [
+        (np.zeros(3, np.int32), np.zeros(3, np.int32), "gaps"),
+        (np.zeros((3, 1), np.int64), np.zeros(3, np.int32), "gaps"),
+        (np.zeros(3, np.int64), np.zeros(2, np.int32), "out"),
+        (np.zeros(3, np.int64), np.zeros(3, np.int64), "out"),
+    ],
+)
+def test_gaps_of_another_shape_or_type_are_refused(gaps: Any, out: Any, field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        _core._GapBuckets(GAP_THRESHOLDS_MS).find(gaps, out)
+    assert caught.value.field == field
+
+
 def test_a_part_without_room_is_encoded_whole() -> None:
     model = small_model(**CAUSAL)
     rng = np.random.default_rng(0)
