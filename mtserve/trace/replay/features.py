@@ -36,6 +36,11 @@ def splitmix64(values: Ints) -> npt.NDArray[np.uint64]:
     return mixed ^ (mixed >> np.uint64(31))
 
 
+def categories(items: Ints) -> npt.NDArray[np.uint64]:
+    """[n] of these items, below CATEGORIES."""
+    return splitmix64(items) % np.uint64(CATEGORIES)
+
+
 class TraceRows:
     """Rows of one trace in one model's schema. Raises InvalidArgument when that has no categorical `item`."""
 
@@ -51,6 +56,10 @@ class TraceRows:
         self.trace, self.schema = trace, schema
         self._behaviour = {feature.name: feature for feature in schema.behaviour}
         self._candidate = {feature.name: feature for feature in schema.candidate}
+        # Of all that requests bring at once: a handful of numpy's calls for each would take as long as asking the engine.
+        self._candidate_categories, self._clicked_categories = (
+            categories(items).astype(np.uint16) for items in (trace.cand_items, trace.clicked_items)
+        )
         # Requests of each user in trace order, so that a history can be told as of any request.
         self._by_user = np.argsort(trace.user, kind="stable")
         self._user_ends = np.searchsorted(trace.user[self._by_user], np.arange(trace.users + 1))
@@ -63,15 +72,19 @@ class TraceRows:
     def history(self, user_index: int) -> Rows:
         """[n] behaviours that a user had before the trace."""
         past = self.trace.history(user_index)
-        return self._behaviours(past.items, past.t_ms, past.actions)
+        return self._behaviours(past.items, past.t_ms, past.actions, categories(past.items))
 
     def candidates(self, request: TraceRequest) -> Rows:
         """[n] candidate rows, exposed at the request's time."""
-        return self._rows(self.schema.candidate_dtype, self._candidate, request.cand, request.t_ms, None)
+        first = self.trace.cand_offsets[request.number]
+        of_each = self._candidate_categories[first : first + len(request.cand)]
+        return self._rows(self.schema.candidate_dtype, self._candidate, request.cand, request.t_ms, None, of_each)
 
     def clicked(self, request: TraceRequest) -> Rows:
         """[n] behaviours that the request became."""
-        return self._behaviours(request.clicked, request.t_ms, request.actions)
+        first = self.trace.clicked_offsets[request.number]
+        of_each = self._clicked_categories[first : first + len(request.clicked)]
+        return self._behaviours(request.clicked, request.t_ms, request.actions, of_each)
 
     def history_at(self, request_index: int) -> History:
         """The whole history that the request's user has when it comes: the truth a replay must have reached."""
@@ -86,8 +99,8 @@ class TraceRows:
         clicks = np.bincount(self.trace.user, weights=self.trace.clicked_lengths, minlength=self.trace.users)
         return self.trace.history_lengths + clicks.astype(np.int64)
 
-    def _behaviours(self, items: Ints, t_ms: Ints | int, actions: SmallInts) -> Rows:
-        return self._rows(self.schema.behaviour_dtype, self._behaviour, items, t_ms, actions)
+    def _behaviours(self, items: Ints, t_ms: Ints | int, actions: SmallInts, of_each: npt.NDArray[Any]) -> Rows:
+        return self._rows(self.schema.behaviour_dtype, self._behaviour, items, t_ms, actions, of_each)
 
     def _rows(
         self,
@@ -96,12 +109,14 @@ class TraceRows:
         items: Ints,
         t_ms: Ints | int,
         actions: SmallInts | None,
+        of_each: npt.NDArray[Any],
     ) -> Rows:
+        """`of_each`: the items' categories."""
         rows = np.zeros(len(items), dtype=dtype)
         rows["time_ms"] = t_ms
         rows["item"] = items
         if "category" in features and features["category"].kind == "categorical":
-            rows["category"] = splitmix64(items) % np.uint64(CATEGORIES)
+            rows["category"] = of_each
         if actions is not None and "action" in features and features["action"].kind == "categorical":
             rows["action"] = actions
         return rows
