@@ -13,7 +13,8 @@ from typing import Any, Self
 import numpy as np
 
 from mtserve.config import EngineConfig
-from mtserve.engine.checks import check_pins, check_request
+from mtserve.engine.admission import Admission
+from mtserve.engine.checks import check_pins
 from mtserve.engine.core import Core
 from mtserve.engine.hints import Hints
 from mtserve.engine.job import Job, make_job
@@ -21,7 +22,7 @@ from mtserve.engine.loop import Loop
 from mtserve.engine.sequence import UserSequence
 from mtserve.engine.sequences import SequenceCache
 from mtserve.engine.setup import available_memory
-from mtserve.errors import DeadlineExceeded, InvalidArgument, MtserveError, NotFound, ResourceExhausted, Unavailable
+from mtserve.errors import MtserveError, ResourceExhausted, Unavailable
 from mtserve.history.memory import MemoryHistory
 from mtserve.history.store import HistoryStore, check_user_id
 from mtserve.metrics import Metrics
@@ -65,6 +66,7 @@ class Engine:
         snapshot_bytes = parse_capacity(self.config.snapshot_cache, of=available_memory(), field="snapshot_cache")
         self._core = Core(model, self.config, self.metrics, clock, fault, background=start, costs=costs)
         self._sequences = SequenceCache(self.history, self._core.served.builder, snapshot_bytes)
+        self._admission = Admission(self.config, self.metrics, clock, self._sequences, model.schema)
         self._loop = Loop(self._core, start=start)
         self._grow_host_tier()
         self._hints = Hints(self._read_and_encode, self.metrics, limit=self.config.max_queue, start=start)
@@ -183,10 +185,9 @@ class Engine:
         """
         try:
             self._loop.admitting()
-            self._check_room()
-            job = self._make_job(request)
+            job = self._admission.job(request, waiting=self._loop.waiting)
         except MtserveError as error:
-            self._count_refusal(error)
+            self._admission.refused(error)
             raise
         self.metrics.count_many((("requests_total", 1, ""), ("requests_in_flight", 1, "")))
         job.future.add_done_callback(self._answered)
@@ -302,39 +303,6 @@ class Engine:
         if future.cancelled():
             self._core.scheduler.cancelled()
 
-    def _check_room(self) -> None:
-        waiting = self._loop.waiting
-        if waiting >= self.config.max_queue:
-            raise ResourceExhausted(
-                f"{waiting} requests are waiting, max_queue is {self.config.max_queue}", field="queue"
-            )
-
-    def _make_job(self, request: Request) -> Job:
-        check_request(request, self.schema, self.config.max_candidates)
-        now, deadline = self._clock(), request.deadline
-        if deadline is None and self.config.default_deadline_ms:
-            deadline = now + self.config.default_deadline_ms / 1000
-        if deadline is not None and deadline <= now:
-            raise DeadlineExceeded(f"passed {(now - deadline) * 1000:.0f} ms before the request came", field="deadline")
-        return make_job(self._sequence(request), request.candidates, Future(), now, deadline)
-
-    def _sequence(self, request: Request) -> UserSequence:
-        if request.history is None:
-            return self._sequences.get(request.user_id)
-        return self._sequences.builder.build(request.user_id, request.history)
-
-    def _count_refusal(self, error: MtserveError) -> None:
-        reasons = {
-            ResourceExhausted: "queue_full",
-            InvalidArgument: "invalid",
-            NotFound: "not_found",
-            Unavailable: "draining",
-        }
-        if isinstance(error, DeadlineExceeded):
-            self.metrics.count("deadline_exceeded_total")
-        elif type(error) in reasons:
-            self.metrics.count("rejected_total", 1, reasons[type(error)])
-
     def _encode(self, sequence: UserSequence, replaces: UserSequence | None = None) -> Future[ScoreResult]:
         nothing = np.empty(0, dtype=self.schema.candidate_dtype)
         job = make_job(sequence, nothing, Future(), self._clock(), None)
@@ -350,5 +318,5 @@ class Engine:
             if job.prefetch:
                 self.metrics.count("prefetches_dropped_total")
             else:
-                self._count_refusal(error)
+                self._admission.refused(error)
             job.fail(error)

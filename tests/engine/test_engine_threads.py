@@ -178,7 +178,7 @@ def test_a_request_made_before_a_swap_and_admitted_after_it(world: Make) -> None
     history, candidates = w.history_of("a"), w.candidates(3, START_MS * 2)
     for model in (small_model(1), small_model(0)):
         w.score("a")
-        job = w.engine._make_job(Request("a", candidates))
+        job = w.engine._admission.job(Request("a", candidates), waiting=0)
         w.replace(model)
         w.score("a")
         w.engine._admit(job)
