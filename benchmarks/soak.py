@@ -32,8 +32,9 @@ from mtserve.trace.generator.synthesis import generate  # noqa: E402
 from mtserve.trace.replay.config import ReplayConfig  # noqa: E402
 from mtserve.trace.replay.runs import ReplayResult, replay  # noqa: E402
 
-# Of any score. Roundings in bf16 make up to 0.017, states of another history several tenths.
-LARGEST_ERROR = {"kv": 0.05, "kv8": 0.05, "x8": 0.05, "x4": 0.16}
+# Of any score. Roundings in bf16 make up to 0.017, in fp8 0.056 (of 105 random models), states of another history several
+# tenths.
+LARGEST_ERROR = {"kv": 0.05, "kv8": 0.05, "x8": 0.05, "x4": 0.16, "fp8": 0.1}
 FORMATS = (("native", "kv"), ("native", "kv"), ("native", "kv8"), ("native", "x8"), ("native", "x4"), ("fp8", "kv"))
 COUNTED = (
     "loads_total", "stores_total", "loads_failed_total", "stores_failed_total", "loads_declined_total",
@@ -92,17 +93,22 @@ def run_round(seed: int, *, cuda: bool) -> dict[str, Any]:
     return {
         "seed": seed,
         "model": model.config.name,
-        "format": "fp8" if engine.gpu_format == "fp8" else engine.host_format,
+        "format": format_of(engine),
         "chaos": engine.chaos,
         **outcome(result, cuda=cuda),
     }
+
+
+def format_of(engine: EngineConfig) -> str:
+    """That which rounds most."""
+    return "fp8" if engine.gpu_format == "fp8" else engine.host_format
 
 
 def outcome(result: ReplayResult, *, cuda: bool) -> dict[str, Any]:
     agreement, run = result.agreement, result.cached
     checked = agreement.compared if cuda else agreement.verified.cached
     broken = list(agreement.broken)
-    if not checked.max_score <= LARGEST_ERROR[result.engine.host_format]:
+    if not checked.max_score <= LARGEST_ERROR[format_of(result.engine)]:
         broken.append(f"a score is {checked.max_score:.2g} from a full recompute's")
     if checked.requests != run.requests:
         broken.append(f"{run.requests} requests, {checked.requests} checked: {run.first_failure}")
