@@ -126,7 +126,7 @@ def test_fields_of_a_preset_and_the_seed_come_from_the_file(trace: str, tmp_path
 def test_a_replay_under_chaos_verifies_and_says_how_many_copies_failed(
     trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target, chaos = tmp_path / "result.json", "fail=0.3,slow=0.3:2ms,seed=4"
+    target, chaos = tmp_path / "result.json", "fail=0.9,slow=0.3:2ms,seed=4"
     words = ["replay", trace, "--chaos", chaos, "--verify", "4", "--json", str(target), "--write-back-idle-ms", "0"]
     assert main([*words, *ENGINE]) == 0
     out, found = capsys.readouterr().out, json.loads(target.read_text())
