@@ -7,7 +7,7 @@ restored  whole batches of users whose states only the host has, as bench_restor
           launched (`early`), until all was launched (`launched`), and the last answer (`answered`).
 warm      batches of users whose states the device has, a few behaviours more each.
 rows      laying out a batch of so many rows, by how many rows a part has that a thread takes at once (`rows_of_part`).
-Medians. Before anything is timed, a small batch's layout is held against the same one by a single thread.
+Medians. Before layouts are timed, those in parts are held against the same batch in one.
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ import torch
 
 from mtserve import __version__
 from mtserve.config import EngineConfig
+from mtserve.engine.filling import Slot
 from mtserve.engine.job import make_job
 from mtserve.engine.planner import Planner
 from mtserve.engine.runner import BatchRunner
-from mtserve.engine.scheduler import Slot
 from mtserve.engine.sequence import SequenceBuilder
 from mtserve.engine.tiers import Reservation
 from mtserve.kernels.cuda.driver import current_context

@@ -12,13 +12,14 @@ from mtserve.cache.index import TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine import setup
 from mtserve.engine.batches import Batches
+from mtserve.engine.filling import Slot
 from mtserve.engine.footprint import packed_format
 from mtserve.engine.job import Job
 from mtserve.engine.known_costs import known_costs
 from mtserve.engine.memory import Memory
 from mtserve.engine.pace import Pace
 from mtserve.engine.runners import max_prefix
-from mtserve.engine.scheduler import Scheduler, Slot
+from mtserve.engine.scheduler import Scheduler
 from mtserve.engine.sequence import UserSequence
 from mtserve.engine.served import Place, Served
 from mtserve.engine.stopwatch import Stopwatch

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtserve.engine.batch import BatchPlan
+from mtserve.engine.filling import Slot
 from mtserve.engine.runner import Pending
-from mtserve.engine.scheduler import Slot
 from mtserve.engine.tiers import Reservation
 
 

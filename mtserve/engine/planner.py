@@ -7,14 +7,14 @@ from itertools import accumulate
 
 from mtserve import _core
 from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize, tile_capacity
+from mtserve.engine.filling import Slot
 from mtserve.engine.job import Job
-from mtserve.engine.scheduler import Slot
 from mtserve.engine.tiers import Reservation
 from mtserve.kernels.token_embedding.batch import TILE_TOKENS
 from mtserve.model.ranking import RankingModel
 from mtserve.model.tokeniser import GAP_THRESHOLDS_MS
 
-# One thread lays out as many in 30 us (benchmarks/bench_host.py), several times what it takes to wake another.
+# One thread lays out as many in 26 us (benchmarks/bench_host.py); half as many are done before another has woken.
 ROWS_OF_PART = 4096
 # Sections of the feature rows begin at multiples of this many bytes.
 _ALIGNMENT = 16

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mtserve.cache.index import Load, TieredIndex
 from mtserve.config import EngineConfig
-from mtserve.engine.scheduler import Slot
+from mtserve.engine.filling import Slot
 from mtserve.engine.transfers import Transfers
 from mtserve.metrics import Metrics
 from mtserve.restore.choice import Choice, Layout, Need, Work, choose, user_work

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 from mtserve.config import EngineConfig
-from mtserve.engine.filling import Filling
-from mtserve.engine.filling import Slot as Slot
+from mtserve.engine.filling import Filling, Slot
 from mtserve.engine.job import Job
 from mtserve.errors import Cancelled, DeadlineExceeded, ResourceExhausted
 from mtserve.metrics import Metrics

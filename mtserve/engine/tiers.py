@@ -17,12 +17,12 @@ import torch
 
 from mtserve.cache.index import Copy, IndexStats, TieredIndex
 from mtserve.config import EngineConfig
+from mtserve.engine.filling import Slot
 from mtserve.engine.footprint import Footprint
 from mtserve.engine.job import Job
 from mtserve.engine.onload import Onload
 from mtserve.engine.pace import Pace
 from mtserve.engine.restoring import Restored, Restoring
-from mtserve.engine.scheduler import Slot
 from mtserve.engine.sequence import UserSequence
 from mtserve.engine.tier_counts import TierCounts
 from mtserve.engine.transfers import Transfers

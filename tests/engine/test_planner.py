@@ -23,9 +23,9 @@ from small_models import (
 
 from mtserve import _core
 from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize
+from mtserve.engine.filling import Slot
 from mtserve.engine.job import Job, make_job
 from mtserve.engine.planner import ROWS_OF_PART, Planner
-from mtserve.engine.scheduler import Slot
 from mtserve.engine.sequence import SequenceBuilder
 from mtserve.engine.tiers import Reservation
 from mtserve.errors import InvalidArgument

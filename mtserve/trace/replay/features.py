@@ -56,7 +56,7 @@ class TraceRows:
         self.trace, self.schema = trace, schema
         self._behaviour = {feature.name: feature for feature in schema.behaviour}
         self._candidate = {feature.name: feature for feature in schema.candidate}
-        # Of all that requests bring at once: a handful of numpy's calls for each would take as long as asking the engine.
+        # Of all that requests bring at once: what a client takes for each is taken from the engine beside it.
         self._candidate_categories, self._clicked_categories = (
             categories(items).astype(np.uint16) for items in (trace.cand_items, trace.clicked_items)
         )
