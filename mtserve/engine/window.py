@@ -7,33 +7,49 @@ from collections.abc import Callable, Mapping, Sequence
 from mtserve.engine.job import Job
 from mtserve.engine.scheduler import PATIENCE
 
+# Batches that a user for whom there is no room lets go first whose users have some: long enough that the users there are
+# done with, and short beside the time in which a session is over.
+OVERTAKEN = 16
+
 
 def open_window(
-    jobs: Sequence[Job], pages: int, page_tokens: int, held: Mapping[str, int], *, idle: bool
+    jobs: Sequence[Job],
+    pages: int,
+    page_tokens: int,
+    held: Mapping[str, int],
+    *,
+    idle: bool,
+    wait_for_copies: bool = False,
 ) -> dict[str, int]:
     """Pages kept for each of the first users of `jobs` whose prefixes fit `pages` together: more would evict one another.
 
     Prefetches come behind every score in `jobs` and have what the scores leave. Of that they leave alone what copies
     of others hold (`held`: device pages by user), which cannot be evicted: evicted would be what a score waits for.
     `idle`: nothing runs, so that the first user is let in whatever its size.
+
+    `wait_for_copies`: scores too leave alone what copies hold. Let in over it, a user is encoded sooner but finds no pages,
+    and its states are lost: right only where encoding is cheap beside waiting. Who does fit goes first meanwhile, until one
+    who does not was overtaken by OVERTAKEN batches.
     """
     window: dict[str, int] = {}
     held = dict(held)
-    room, scores = pages, True
+    room, theirs = pages, False
     for job in jobs:
         user_id = job.user_id
-        if job.prefetch and scores:
-            scores = False
+        if (job.prefetch or wait_for_copies) and not theirs:
+            theirs = True
             room -= sum(count for user, count in held.items() if user not in window)
         wanted = -(-len(job.sequence.chain) // page_tokens)
         more = wanted - window.get(user_id, 0)
         if more <= 0:
             continue
-        if job.prefetch and user_id not in window:
-            room += held.get(user_id, 0)  # counted among its own
-        room -= more
-        if room < 0 and (window or not idle):
+        if theirs and user_id not in window:
+            more -= held.get(user_id, 0)  # counted among its own
+        if more > room and (window or not idle):
+            if wait_for_copies and job.overtaken < OVERTAKEN:
+                continue
             break
+        room -= more
         window[user_id] = wanted
     return window
 

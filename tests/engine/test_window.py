@@ -10,7 +10,7 @@ from small_models import SCHEMA, make_behaviours, make_candidates, small_config
 from mtserve.engine.job import Job, make_job
 from mtserve.engine.scheduler import PATIENCE
 from mtserve.engine.sequence import SequenceBuilder
-from mtserve.engine.window import in_turn, open_window
+from mtserve.engine.window import OVERTAKEN, in_turn, open_window
 from mtserve.types import History
 
 BUILDER = SequenceBuilder(small_config(), SCHEMA, "weights")
@@ -29,8 +29,8 @@ def hint(user: str, pages: int) -> Job:
     return score(user, pages, candidates=0)
 
 
-def window(pages: int, *jobs: Job, idle: bool = True, **held: int) -> dict[str, int]:
-    return open_window(jobs, pages, PAGE_TOKENS, held, idle=idle)
+def window(pages: int, *jobs: Job, idle: bool = True, wait_for_copies: bool = False, **held: int) -> dict[str, int]:
+    return open_window(jobs, pages, PAGE_TOKENS, held, idle=idle, wait_for_copies=wait_for_copies)
 
 
 def test_the_first_users_that_fit_together_are_let_in() -> None:
@@ -64,6 +64,23 @@ def test_what_a_copy_holds_of_users_let_in_is_counted_once() -> None:
     assert window(6, *jobs, a=2, b=2, c=1) == {"a": 2, "b": 2, "c": 2}
     assert window(5, *jobs, a=2, b=2, c=1) == {"a": 2, "b": 2}
     assert window(4, score("b", 2), hint("b", 3), hint("c", 1), b=2) == {"b": 3, "c": 1}
+
+
+def test_where_states_are_dear_nobody_is_let_in_over_what_copies_hold() -> None:
+    jobs = [score("a", 4), score("b", 2), score("c", 3), score("d", 1)]
+    assert window(8, *jobs, wait_for_copies=True, x=2) == {"a": 4, "b": 2}
+    assert window(7, *jobs, wait_for_copies=True, x=2) == {"a": 4, "d": 1}  # who fits goes first
+    assert window(7, *jobs, wait_for_copies=True, c=3) == {"a": 4, "c": 3}  # its own pages are its room
+    assert window(4, *jobs, wait_for_copies=True, idle=False, x=1) == {"b": 2, "d": 1}
+    assert window(2, jobs[0], wait_for_copies=True, x=1) == {"a": 4}  # nothing to wait for
+
+
+def test_who_fits_goes_first_no_longer_than_the_limit() -> None:
+    jobs = [score("a", 4), score("b", 3), score("c", 1)]
+    jobs[1].overtaken = OVERTAKEN - 1
+    assert window(5, *jobs, wait_for_copies=True) == {"a": 4, "c": 1}
+    jobs[1].overtaken = OVERTAKEN
+    assert window(5, *jobs, wait_for_copies=True) == {"a": 4}
 
 
 def test_who_has_most_of_its_prefix_there_gets_room_first() -> None:
