@@ -19,7 +19,8 @@ import torch
 
 from mtserve.engine import core, runners, served, setup
 from mtserve.engine.gates import Gates, LayerWaits
-from mtserve.engine.graphs import GraphKey, GraphRunner
+from mtserve.engine.graph_key import GraphKey
+from mtserve.engine.graphs import GraphRunner
 from mtserve.engine.metadata import Capacity, Metadata
 from mtserve.kernels.cuda import driver
 from mtserve.kernels.cuda.driver import Event, Function, current_context
@@ -81,6 +82,9 @@ class NullRunner(GraphRunner):
         self._captures += 1
         self._graphs[key] = Graph(KERNEL)
         return self._graphs[key]
+
+    def prepare(self) -> None:
+        pass
 
     def settle(self) -> None:
         pass

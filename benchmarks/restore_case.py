@@ -134,7 +134,7 @@ def engine_config(case: Case, model: RankingModel) -> EngineConfig:
     base = EngineConfig(
         host_format=case.format, host_pinning="wait", write_back_idle_ms=0, write_back_queue="64GiB",
         max_batch_requests=case.users, max_batch_tokens=rows, cold_batch_tokens=rows, cold_after=rows,
-        max_candidates=case.candidates,
+        max_candidates=case.candidates, graphs="on",
     )  # fmt: skip
     states = page_shape(model.config, base, DTYPES["bfloat16"])
     page = Footprint.of(states, packed_format(model.config, base, states))

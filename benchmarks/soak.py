@@ -65,7 +65,7 @@ def engine_of(draw: random.Random, seed: int, *, cuda: bool) -> EngineConfig:
         restore=draw.choice(("load", "auto", "auto")),
         gpu_format=gpu_format,
         host_format=host_format,
-        graphs=draw.choice(("on", "on", "off")),
+        graphs=draw.choice(("on", "ahead", "off")),
         deterministic=cuda and draw.random() < 0.2,
         write_back_idle_ms=draw.choice((0, 5, 100)),
         write_back_queue=draw.choice(("0", "10%", "1GiB")),

@@ -36,7 +36,7 @@ def measure_hit(seed: int) -> dict[str, Any]:
     room = users * -(-(history + len(model.schema.user)) // SHAPE.page_tokens)
     config = EngineConfig(
         gpu_cache=str(room * SHAPE.bytes), host_cache="4GiB", host_pinning="wait", restore="load",
-        max_batch_requests=users, write_back_idle_ms=0,
+        max_batch_requests=users, write_back_idle_ms=0, graphs="on",
     )  # fmt: skip
     with Engine(model, config, start=False) as engine:
         for traffic in traffics:

@@ -142,7 +142,10 @@ class EngineConfig(Config):
         choices=("auto", "cuda", "eager", "reference"),
     )
     graphs: str = option(
-        "on", "capture a CUDA graph for each kind of batch that comes often (cuda kernels)", choices=("on", "off")
+        "ahead",
+        "capture a CUDA graph for each kind of batch (cuda kernels): ahead, the usual kinds at the start, which takes seconds, "
+        "and others when they come often; on, all when they come often; off, none",
+        choices=("ahead", "on", "off"),
     )
     deterministic: bool = option(
         False,

@@ -254,7 +254,7 @@ class World:
         self.noise = NOISE[config.get("host_format", "kv")]
         sizes = EngineConfig(
             device=device, dtype=dtype, page_tokens=page_tokens, poison_pages=True,
-            gpu_format=config.get("gpu_format", "native"),
+            gpu_format=config.get("gpu_format", "native"), graphs="on",
         )  # fmt: skip
         states = page_shape(self.model.config, sizes, DTYPES[dtype])
         self.pages = states.dtype

@@ -77,6 +77,8 @@ class Core:
                 self._serve(model), self.scheduler, self.tiers, metrics, clock, self._pace, self.stopwatch,
                 before_answers=self._forget_again, invalidate=self.invalidate,
             )  # fmt: skip
+            if config.graphs == "ahead":
+                self.served.runner.prepare()
             self._restore_by(costs)
         except Exception:
             if self.memory is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+from itertools import groupby
+from time import monotonic
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import torch
 
 from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
 from mtserve.engine.gates import Gates, LayerWaits
+from mtserve.engine.graph_key import GraphKey, segments, usual_keys
 from mtserve.engine.heads import TaskHeads
 from mtserve.engine.metadata import Capacity, Metadata, bucket_rows
 from mtserve.engine.stack import Stack
@@ -32,39 +33,10 @@ from mtserve.transfer.mover import Arrivals
 log = logging.getLogger(__name__)
 
 # Graphs kept at once; the least recently used goes first. A graph of 8 layers takes a few hundred KiB.
-MAX_GRAPHS = 256
+MAX_GRAPHS = 512
 # Batches of a kind launched kernel by kernel before it is captured. In a trial capturing took as long as such a launch,
 # 2 to 5 ms, and a replay without cache was as fast with 1 as with 3; with graphs never, a third as fast.
 RUNS_BEFORE_CAPTURE = 3
-
-
-class GraphKey(NamedTuple):
-    """What a captured graph is good for: any batch of this bucket, tile, mode of the attention's output and need to wait.
-
-    Layers [first, last): all, or some of a split batch's, `early` of its first part. No layers: what the second part takes
-    over from the first.
-    """
-
-    rows: int
-    tile_rows: int
-    direct: bool
-    gated: bool  # waits for pages on their way
-    first: int
-    last: int
-    early: bool = False
-
-
-def segments(part: GraphKey, groups: Sequence[int], layers: int) -> list[GraphKey]:
-    """The graphs, one behind the other, that make a part of a batch: a whole batch is one.
-
-    Those of a split batch end where groups of layers do, whose first layers are `groups`: so most of them are good for
-    batches that are split anywhere, which are hardly ever split at one layer often enough.
-    """
-    if not part.early and part.first == 0:
-        return [part]
-    bounds = [part.first, *(group for group in groups if part.first < group < part.last), part.last]
-    run = [part._replace(first=first, last=last) for first, last in pairwise(bounds)]
-    return run if part.early else [GraphKey(part.rows, 0, False, False, 0, 0), *run]
 
 
 @dataclass(frozen=True)
@@ -100,7 +72,7 @@ class GraphRunner:
         self, model: RankingModel, pool: torch.Tensor | None, page_tokens: int, *, rows: int, slots: int, width: int,
         capture: bool = True, deterministic: bool = False, packed: PackedPages | None = None,
     ) -> None:  # fmt: skip
-        self._model, self._capture = model, capture
+        self._model, self._capture, self._keeps = model, capture, pool is not None
         self._layers = model.config.layers
         capacity = Capacity.of(model.schema, rows, slots, width)
         tasks = len(model.config.tasks)
@@ -122,6 +94,30 @@ class GraphRunner:
         self._graphs: OrderedDict[GraphKey, Graph] = OrderedDict()
         self._runs: dict[GraphKey, int] = {}  # batches of each kind that were launched kernel by kernel
         self._rows = self._padded_rows = self._captures = 0
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Capture the graphs that nearly every batch needs, while none is under way.
+
+        Each kind first runs over rows that say "nothing here": captured is only what is compiled and loaded.
+        """
+        if not self._capture:
+            return
+        began, stream, config = monotonic(), self._enter(), self._model.config
+        keys = usual_keys(
+            self._metadata.capacity.rows, config.layers, config.head_dim, loads=self._keeps,
+            deterministic=self._stack.work_options["deterministic"],
+        )  # fmt: skip
+        with torch.cuda.device(self._model.device):
+            for bucket, kinds in groupby(keys, lambda key: key.rows):
+                device, pinned, size = self._metadata.nothing(bucket)
+                self._copy.run(device.data_ptr(), pinned.data_ptr(), size, stream)
+                for key in kinds:
+                    if not key.gated:  # the same kernels, and nothing to wait for
+                        self._run(key)
+                    self._capture_now(key)
+                self.settle()  # the pinned buffer is filled again
+        log.info("captured %d graphs in %.1f s", len(self._graphs), monotonic() - began)
 
     def room(self, size: BatchSize) -> BatchArrays:
         """Where the next batch is to be laid out; the batch under way keeps its own."""
@@ -224,8 +220,9 @@ class GraphRunner:
         hardly ever come, of which there are many where batches are of all sizes and split anywhere, push out no others.
         """
         runs = self._runs[key] = self._runs.get(key, 0) + 1  # of a few thousand keys at most
-        if runs <= RUNS_BEFORE_CAPTURE:
-            return None
+        return self._capture_now(key) if runs > RUNS_BEFORE_CAPTURE else None
+
+    def _capture_now(self, key: GraphKey) -> Graph | None:
         stream = torch.cuda.ExternalStream(self._capturing.handle, self._model.device)
         try:
             with torch.cuda.stream(stream):

@@ -132,6 +132,15 @@ class Metadata:
         """The one copy to make: the device's buffer, the pinned one, and how many bytes from the start of each."""
         return self._device, self._pinned[self._turn], 4 * self._sections(bucket)["raw"].first + raw_bytes
 
+    def nothing(self, bucket: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """As `to_copy`, of a batch that has no row: none is made, seen, written or scored. While no batch is under way."""
+        host = self._host(bucket)
+        for array in (*host.arrays, host.splits, host.work, host.counts):
+            array.fill(0)
+        host.arrays.target.fill(-1)
+        host.arrays.tiles[:, 0] = -1
+        return self.to_copy(bucket, 0)
+
     def on_device(self, bucket: int, name: str) -> torch.Tensor:
         """The device's view of one section of a bucket."""
         section = self._sections(bucket)[name]

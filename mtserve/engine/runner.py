@@ -36,6 +36,10 @@ class BatchRunner(Protocol):
 
     overlaps: bool
 
+    def prepare(self) -> None:
+        """Do ahead, in seconds, what would make the first batches slow. Before the first, if at all."""
+        ...
+
     def room(self, size: BatchSize) -> BatchArrays:
         """Where the next batch to start is laid out. Called once a batch; at most one other is under way."""
         ...
@@ -91,6 +95,9 @@ class Runner:
         self._pool, self._packed = pool, packed
         self._rows = 0
         self._early: torch.Tensor | None = None  # rows after the first layers of the batch that is to start
+
+    def prepare(self) -> None:
+        """The first batch is like any other."""
 
     def room(self, size: BatchSize) -> BatchArrays:
         """Fresh arrays, no larger than they need to be."""

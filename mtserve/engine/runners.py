@@ -39,6 +39,6 @@ def make_runner(
 
     return GraphRunner(
         model, pool, config.page_tokens, rows=largest_batch(model, config), slots=config.max_batch_requests,
-        width=-(-max_prefix(model) // config.page_tokens), capture=config.graphs == "on", deterministic=config.deterministic,
+        width=-(-max_prefix(model) // config.page_tokens), capture=config.graphs != "off", deterministic=config.deterministic,
         packed=packed,
     )  # fmt: skip

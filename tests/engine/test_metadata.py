@@ -97,3 +97,16 @@ def test_a_turn_leaves_the_buffer_of_the_batch_under_way_alone() -> None:
     for kept, array in zip(under_way, first.arrays, strict=True):
         assert np.array_equal(kept, array)
     assert metadata.room(bucket).limit.ctypes.data == first.arrays.limit.ctypes.data
+
+
+def test_nothing_has_no_row_to_make_to_see_to_write_or_to_score() -> None:
+    rng, metadata = np.random.default_rng(0), _metadata(5)
+    for bucket in (64, 512, 1152):
+        used, plan = _lay_out(rng, 3, metadata)  # whatever was there before
+        metadata.plan_attention(used, plan, **WORK)
+        device, pinned, size = metadata.nothing(bucket)
+        device.view(torch.uint8)[:size] = pinned.view(torch.uint8)[:size]
+        assert (metadata.on_device(bucket, "target") == -1).all()
+        assert (metadata.on_device(bucket, "tiles")[:, 0] == -1).all()
+        for name in ("counts", "slots", "page_table", "limit", "group", "splits", "work"):
+            assert not metadata.on_device(bucket, name).any(), name

@@ -1,4 +1,4 @@
-"""Which graphs make a part of a batch."""
+"""Which graphs make a part of a batch, and which there are before the first one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from mtserve.engine.graphs import GraphKey, segments
+from mtserve.engine.graph_key import LOADED_ROWS, GraphKey, segments, usual_keys
+from mtserve.engine.metadata import bucket_rows
 from mtserve.transfer.cuda_mover import layer_groups
 
 
@@ -49,3 +50,29 @@ def test_wherever_batches_are_split_most_of_their_graphs_are_the_same() -> None:
     at_groups = {each for each in seen if each.first in groups and each.last in (*groups, layers)}
     assert len(at_groups) == 2 * (len(groups) - 1) + 1
     assert len(seen) == 31
+
+
+@pytest.mark.parametrize("rows", [1, 64, 500, 1025, 9000, 16_384])
+def test_the_usual_graphs_serve_batches_of_any_number_of_rows(rows: int) -> None:
+    keys = list(usual_keys(rows, 8, 128, deterministic=False, loads=True))
+    assert len(set(keys)) == len(keys)
+    assert [key.rows for key in keys] == sorted(key.rows for key in keys)
+    for some in {1, rows // 3 + 1, rows}:
+        kinds = {(key.tile_rows, key.direct) for key in keys if key.rows == bucket_rows(some) and not key.gated}
+        assert kinds == {(128, False), (128, True), (192, False), (192, True)}
+    assert max(key.rows for key in keys) == bucket_rows(rows)
+    gated = {key.rows for key in keys if key.gated}
+    assert gated == {key.rows for key in keys if key.rows <= LOADED_ROWS}
+    assert all((key.first, key.last, key.early) == (0, 8, False) for key in keys)
+
+
+def test_the_usual_graphs_are_only_those_that_a_model_can_have() -> None:
+    def kinds(head_dim: int, **options: bool) -> set[tuple[int, bool, bool]]:
+        keys = usual_keys(64, 2, head_dim, **options)
+        return {(key.tile_rows, key.direct, key.gated) for key in keys}
+
+    assert kinds(256, deterministic=True, loads=False) == {(128, False, False)}
+    assert kinds(256, deterministic=False, loads=True) == {
+        (128, False, False), (128, True, False), (128, False, True)
+    }  # fmt: skip
+    assert kinds(64, deterministic=True, loads=False) == {(128, False, False), (192, False, False)}

@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from small_models import CAUSAL, START_MS, make_behaviours, make_candidates, make_features, small_model
 
 from mtserve.config import EngineConfig
 from mtserve.engine.engine import Engine
+from mtserve.engine.graph_key import usual_keys
 from mtserve.engine.graphs import RUNS_BEFORE_CAPTURE
 from mtserve.engine.metadata import bucket_rows
+from mtserve.engine.runners import largest_batch, make_runner
+from mtserve.engine.setup import page_shape
 from mtserve.model.ranking import RankingModel
 from mtserve.model.reference import recompute
 from mtserve.types import History, Request, Rows
@@ -63,7 +67,7 @@ def _play(model: RankingModel, rounds: int = 12, **config: Any) -> Played:
         poison_pages=True,
         host_cache="64MiB",
         write_back_idle_ms=0,
-        **config,
+        **{"graphs": "on", **config},
     )
     got, asked = [], []
     with Engine(model, options, start=False) as engine:
@@ -125,7 +129,7 @@ def test_the_engines_own_thread_needs_no_other_cuda_call_first(cache: str) -> No
     logits = []
     for start in (True, False):
         options = EngineConfig(
-            device="cuda", dtype="bfloat16", kernels="cuda", gpu_cache="64MiB", host_cache="0", cache=cache
+            device="cuda", dtype="bfloat16", kernels="cuda", gpu_cache="64MiB", host_cache="0", cache=cache, graphs="on"
         )
         with Engine(model, options, start=start) as engine:
             engine.put_user("a", history=rows)
@@ -153,7 +157,7 @@ def _logits_of_one(model: RankingModel, others: int, rounds: int = 4, **config: 
     users.insert(others // 2, "one")
     options = EngineConfig(
         device="cuda", dtype="bfloat16", kernels="cuda", deterministic=True, poison_pages=True,
-        gpu_cache="256MiB", host_cache="0", max_batch_tokens=20480, cold_batch_tokens=20480, **config,
+        gpu_cache="256MiB", host_cache="0", max_batch_tokens=20480, cold_batch_tokens=20480, **{"graphs": "on", **config},
     )  # fmt: skip
     got, ends = [], {}
     with Engine(model, options, start=False) as engine:
@@ -192,6 +196,31 @@ def test_deterministic_scores_have_the_same_bits_in_any_company(shape: dict[str,
         np.testing.assert_array_equal(_logits_of_one(model, others, **config), alone, err_msg=f"{others} {config}")
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=[str(shape["head_dim"]) for shape in SHAPES[1:]])
+def test_graphs_captured_ahead_serve_the_first_batches(shape: dict[str, Any], deterministic: bool) -> None:
+    model = small_model(2, **shape, **LENGTHS)
+    config = {"kernels": "cuda", "gpu_cache": "64MiB", "deterministic": deterministic, "max_batch_tokens": 2048}
+    ahead = _play(model, graphs="ahead", **config)
+    rows, layers = largest_batch(model, EngineConfig(max_batch_tokens=2048)), model.config.layers
+    usual = set(usual_keys(rows, layers, shape["head_dim"], deterministic=deterministic, loads=True))
+    assert ahead.stats["runner"]["captures"] >= len(usual) > 20
+    launched = _play(model, graphs="off", **config)
+    assert np.array_equal(ahead.logits, launched.logits)
+
+
+def test_capturing_ahead_writes_no_page() -> None:
+    model = small_model(2, **SHAPES[2], **LENGTHS)
+    options = EngineConfig(device="cuda", dtype="bfloat16", gpu_cache="64MiB", host_cache="0", max_batch_tokens=1024)
+    shape = page_shape(model.config, options, torch.bfloat16)
+    pool = torch.full((40, *shape.sizes), 7.0, dtype=torch.bfloat16, device="cuda")
+    runner = make_runner(model.to("cuda", torch.bfloat16), options, "cuda", pool)
+    runner.prepare()
+    runner.settle()
+    assert runner.stats()["captures"] > 20
+    assert (pool == 7.0).all()
+
+
 def test_evicted_graphs_are_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtserve.engine.graphs.RUNS_BEFORE_CAPTURE", 1)
     model = small_model(2, **SHAPES[2], **LENGTHS)
@@ -212,7 +241,9 @@ def test_a_bucket_of_rows_is_captured_when_it_comes_often_and_once() -> None:
     model = small_model(4, **SHAPES[3], **LENGTHS)
     rng = np.random.default_rng(6)
     sizes = [int(rng.integers(1, 1500)) for _ in range(60)]
-    options = EngineConfig(device="cuda", dtype="bfloat16", deterministic=True, gpu_cache="64MiB", host_cache="0")
+    options = EngineConfig(
+        device="cuda", dtype="bfloat16", deterministic=True, gpu_cache="64MiB", host_cache="0", graphs="on"
+    )
     with Engine(model, options, start=False) as engine:
         engine.put_user("a", make_features(rng, model.schema), make_behaviours(rng, 300, START_MS, model.schema))
         states = engine.prefetch("a")
@@ -240,6 +271,6 @@ def test_auto_takes_the_cuda_kernels_where_they_can_run() -> None:
         (small_model(0), {}, "eager"),
     ):
         with Engine(
-            model, EngineConfig(device="cuda", gpu_cache="64MiB", host_cache="0", **config), start=False
+            model, EngineConfig(device="cuda", gpu_cache="64MiB", host_cache="0", graphs="on", **config), start=False
         ) as engine:
             assert engine.stats()["kernels"] == kernels

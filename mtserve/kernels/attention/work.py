@@ -22,7 +22,9 @@ BLOCK = 64
 ITEM_WORDS = 8
 MAX_SPLITS = 16
 FIRST_HALF_SHIFT = 16
-SMALLEST_TILE = 128
+TILES = (128, 192)  # rows; the larger only up to a head dim
+SMALLEST_TILE = TILES[0]
+WIDEST_HEAD_OF_LARGE_TILES = 128
 
 Int32Array = npt.NDArray[np.int32]
 
