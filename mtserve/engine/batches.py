@@ -59,6 +59,10 @@ class Batches:
         try:
             if self._tiers is not None and slots[0].keep:
                 reservation = self._tiers.reserve(slots)
+                crowded = self._crowded(slots, reservation)
+                if crowded is not None:
+                    self._tiers.release(reservation, slots, success=False)
+                    return self.launch([slot for slot in slots if slot is not crowded])
             self._metrics.count("spare_requests_total", sum(len(slot.jobs) for slot in slots if not slot.keep))
             early = self._start_early(slots, reservation)
             plan = self.served.planner.plan(slots, reservation, runner.room)
@@ -77,6 +81,25 @@ class Batches:
             finally:
                 self._fail(slots, reservation, error)
             return None
+
+    def _crowded(self, slots: Sequence[Slot], reservation: Reservation) -> Slot | None:
+        """A part that found no pages and has to be encoded whole, where that is more than fits beside the others.
+
+        Its jobs, which are still queued, are considered again with the next batch.
+        """
+        if len(slots) == 1 or not any(slot.partial for slot in slots):
+            return None
+        rows, crowded = 0, None
+        for slot, cached, stored in zip(slots, reservation.cached.tolist(), reservation.stored.tolist(), strict=True):
+            part = slot.partial and stored >= slot.encode_to
+            if slot.partial and not part:
+                crowded = slot
+            end = slot.encode_to if part else len(slot.sequence.chain)
+            rows += end - cached + (0 if part else sum(len(job.candidates) for job in slot.jobs))
+        if crowded is None or rows <= self.served.most_rows:
+            return None
+        crowded.jobs[0].passed_over += 1
+        return crowded
 
     def _nothing(self) -> Done:
         """What there is to answer where nothing was scored."""

@@ -55,6 +55,7 @@ class Filling:
         self._tokens = config.max_batch_tokens
         self._cold_tokens = config.cold_batch_tokens
         self._requests = config.max_batch_requests
+        self._restores = False  # loads of some may evict what the device has of others
 
     @property
     def full(self) -> bool:
@@ -67,6 +68,9 @@ class Filling:
             self._join(slot, job)
             return
         slot = Slot(job.sequence, cached, len(job.sequence.chain), [job])
+        if self._restores:
+            self._add_whole(slot)
+            return
         cost = slot.encode_to - cached
         # Prefetches are many or large, and nobody waits for them: they lengthen a batch no more than cold users do.
         cold = job.prefetch or cost > self._config.cold_after
@@ -91,16 +95,19 @@ class Filling:
         return not self._slots and not self._too_large
 
     def offer_restored(self, job: Job, cached: int) -> None:
-        """Take `job` in where there is room for all of its prefix: loads of others may evict what the device has of it."""
+        """Take `job` in where there is room for all of its prefix, as from now on for everybody's."""
         slot = self._slots.get(job.user_id)
         if slot is not None:
             self._join(slot, job)
             return
-        slot = Slot(job.sequence, cached, len(job.sequence.chain), [job], restored=True)
-        cost = slot.encode_to + len(job.candidates)
+        self._restores = True
+        self._add_whole(Slot(job.sequence, cached, len(job.sequence.chain), [job], restored=True))
+
+    def _add_whole(self, slot: Slot) -> None:
+        cost = slot.encode_to + len(slot.jobs[0].candidates)
         if self._slots and (self.full or cost > self._tokens):
             return
-        self._slots[job.user_id] = slot
+        self._slots[slot.user_id] = slot
         self._spend(cost, cold=False)
 
     def open_to_spare(self, idle: bool) -> bool:

@@ -18,6 +18,7 @@ from mtserve.engine.gates import Gates, LayerWaits
 from mtserve.engine.graph_key import GraphKey, segments, usual_keys
 from mtserve.engine.heads import TaskHeads
 from mtserve.engine.metadata import Capacity, Metadata, bucket_rows
+from mtserve.engine.runner import check_rows
 from mtserve.engine.stack import Stack
 from mtserve.engine.tokens import TokenEmbedding
 from mtserve.errors import MtserveError
@@ -121,10 +122,12 @@ class GraphRunner:
 
     def room(self, size: BatchSize) -> BatchArrays:
         """Where the next batch is to be laid out; the batch under way keeps its own."""
+        check_rows(size.rows, self._metadata.capacity.rows)
         return self._metadata.room(bucket_rows(size.rows))
 
     def early_room(self, size: BatchSize) -> BatchArrays:
         """Where the first layers of the next batch are to be laid out."""
+        check_rows(size.rows, self._early.capacity.rows)
         return self._early.room(bucket_rows(size.rows))
 
     def start_early(self, early: EarlyLayers) -> None:

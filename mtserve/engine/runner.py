@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
+from mtserve.errors import InvalidArgument
 from mtserve.kernels.backend import Kernels
 from mtserve.kernels.host_format.packed import PackedPages
 from mtserve.kernels.plan import KernelPlan
@@ -41,7 +43,10 @@ class BatchRunner(Protocol):
         ...
 
     def room(self, size: BatchSize) -> BatchArrays:
-        """Where the next batch to start is laid out. Called once a batch; at most one other is under way."""
+        """Where the next batch to start is laid out. Called once a batch; at most one other is under way.
+
+        Raises InvalidArgument for more rows than the runner was made for.
+        """
         ...
 
     def early_room(self, size: BatchSize) -> BatchArrays:
@@ -69,6 +74,12 @@ class BatchRunner(Protocol):
         ...
 
 
+def check_rows(rows: int, most: int) -> None:
+    """Raise InvalidArgument for a batch larger than a runner has room for: a budget that did not hold."""
+    if rows > most:
+        raise InvalidArgument(f"a batch of {rows} rows, the largest has {most}", field="rows")
+
+
 @dataclass(frozen=True)
 class Done:
     """A batch that was done when it was started."""
@@ -88,9 +99,16 @@ class Runner:
     overlaps = False
 
     def __init__(
-        self, model: RankingModel, kernels: Kernels, pool: torch.Tensor | None, packed: PackedPages | None = None
+        self,
+        model: RankingModel,
+        kernels: Kernels,
+        pool: torch.Tensor | None,
+        packed: PackedPages | None = None,
+        *,
+        rows: int = sys.maxsize,
     ) -> None:
-        self._model = model
+        """`rows`: of the largest batch, as for a runner whose memory ends there."""
+        self._model, self._most_rows = model, rows
         self._kernels = kernels
         self._pool, self._packed = pool, packed
         self._rows = 0
@@ -101,10 +119,11 @@ class Runner:
 
     def room(self, size: BatchSize) -> BatchArrays:
         """Fresh arrays, no larger than they need to be."""
+        check_rows(size.rows, self._most_rows)
         return BatchArrays.empty(size)
 
     def early_room(self, size: BatchSize) -> BatchArrays:
-        return BatchArrays.empty(size)
+        return self.room(size)
 
     @torch.inference_mode()
     def start_early(self, early: EarlyLayers) -> None:

@@ -33,7 +33,7 @@ def make_runner(
     It has room for the largest batch, or for one user alone.
     """
     if kernels != "cuda":
-        return Runner(model, load_kernels(kernels), pool, packed)
+        return Runner(model, load_kernels(kernels), pool, packed, rows=largest_batch(model, config))
     # Only CUDA machines have what these kernels are built from.
     from mtserve.engine.graphs import GraphRunner
 

@@ -11,7 +11,7 @@ from mtserve.config import EngineConfig
 from mtserve.engine.memory import Memory
 from mtserve.engine.planner import Planner
 from mtserve.engine.runner import BatchRunner
-from mtserve.engine.runners import make_runner
+from mtserve.engine.runners import largest_batch, make_runner
 from mtserve.engine.sequence import SequenceBuilder
 from mtserve.engine.unpackers import make_unpacker
 from mtserve.errors import InvalidArgument
@@ -27,7 +27,8 @@ from mtserve.transfer.pool import PageShape
 class Served:
     """The model on its device, who builds its sequences, plans its batches and runs them, and who unpacks its pages.
 
-    `unpacker`: None where the host keeps the states as they are.
+    `most_rows`: of the largest batch that the runner has room for. `unpacker`: None where the host keeps the states as
+    they are.
     """
 
     model: RankingModel
@@ -35,6 +36,7 @@ class Served:
     builder: SequenceBuilder
     planner: Planner
     runner: BatchRunner
+    most_rows: int
     unpacker: Unpacker | None
 
 
@@ -59,14 +61,16 @@ class Place:
         builder = SequenceBuilder(
             model.config, model.schema, f"{digest} {self.dtype} {self.shape.dtype} {self.shape.sizes}"
         )
-        planner = Planner(model, config.page_tokens)
+        planner, most_rows = Planner(model, config.page_tokens), largest_batch(model, config)
         if memory is None:
-            return Served(model, digest, builder, planner, make_runner(model, config, self.kernels, None), None)
+            return Served(
+                model, digest, builder, planner, make_runner(model, config, self.kernels, None), most_rows, None
+            )
         runner = make_runner(model, config, self.kernels, memory.pool, memory.packed)
         unpacker = None
         if memory.packed is not None:
             unpacker = make_unpacker(self.kernels, memory.packed, memory.pool, model)
-        return Served(model, digest, builder, planner, runner, unpacker)
+        return Served(model, digest, builder, planner, runner, most_rows, unpacker)
 
     def _check_range(self, model: RankingModel) -> None:
         if self.memory is None or self.shape.dtype != FP8:

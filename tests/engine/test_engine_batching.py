@@ -10,6 +10,7 @@ import pytest
 from engine_world import World
 from small_models import CAUSAL, small_model
 
+from mtserve.engine.scheduler import PATIENCE
 from mtserve.types import History
 
 Make = Callable[..., World]
@@ -171,6 +172,42 @@ def test_a_causal_batch_never_exceeds_its_budget(world: Make) -> None:
         w.put(user, count)
         w.score(user, 10)
     assert w.engine.metrics.distribution("batch_tokens").max <= 20
+
+
+def test_a_part_that_finds_no_pages_is_encoded_whole_only_where_that_fits(world: Make) -> None:
+    """The largest batch has 46 rows: 42 tokens and 4 candidates."""
+    w = world(
+        small_model(**CAUSAL),
+        gpu_pages=18,
+        max_batch_tokens=46,
+        cold_batch_tokens=20,
+        cold_after=5,
+        max_candidates=4,
+        write_back_queue="100%",
+    )
+    w.put("b", 10)
+    w.score("b")
+    w.delay_copies()
+    w.put("s", 40)
+    saved = w.submit("s")
+    w.run()
+    saved.verify()
+    assert w.held("s")[0] == 42  # stores have these pages; c and b would fit without s
+    w.put("c", 40)
+    turns = []
+    cold = w.submit("c")
+    while not cold.future.done():
+        w.append("b", 1)
+        ready = w.submit("b")
+        w.step()
+        turns.append(ready.future.done())
+        assert len(turns) < 20
+    assert sum(turns) >= PATIENCE
+    assert cold.verify().encoded_tokens == 42
+    assert w.engine.metrics.distribution("batch_tokens").max <= 46
+    w.tiers.mover.release_all()
+    w.run()
+    w.engine.check()
 
 
 def test_requests_of_a_batch_are_bounded(world: Make) -> None:

@@ -91,6 +91,17 @@ def test_only_who_needs_no_room_is_a_batch_for_being_better_not_kept_waiting(idl
     assert [(slot.user_id, slot.keep) for slot in slots] == [("b", True), ("a", False)]
 
 
+@pytest.mark.parametrize("room", [17, 18])
+def test_beside_loads_everybody_is_counted_whole(room: int) -> None:
+    """They may evict what the device has of b: 7 tokens and 2 candidates each."""
+    jobs = [job_of("a"), job_of("b")]
+    scheduler = queue_of(*jobs, max_batch_tokens=room)
+    slots = scheduler.take(
+        lambda job: None, restorable=lambda job: 0 if job is jobs[0] else None, passes=passing(b=(6, True))
+    )
+    assert [slot.user_id for slot in slots] == (["a", "b"] if room == 18 else ["a"])
+
+
 def test_nobody_is_twice_in_a_batch() -> None:
     jobs = [job_of("a"), job_of("b"), job_of("b")]
     scheduler = queue_of(*jobs)
