@@ -9,8 +9,8 @@ from typing import NamedTuple
 from mtserve.engine.metadata import SMALLEST_BUCKET, bucket_rows
 from mtserve.kernels.attention.work import SMALLEST_TILE, TILES, WIDEST_HEAD_OF_LARGE_TILES
 
-# Rows of the largest batch that usually waits for pages: what users appended since, and candidates.
-LOADED_ROWS = 1024
+# Rows of the largest batch that usually waits for pages: what its users appended since, and candidates.
+LOADED_ROWS = 4096
 
 
 class GraphKey(NamedTuple):
@@ -39,19 +39,26 @@ def segments(part: GraphKey, groups: Sequence[int], layers: int) -> list[GraphKe
         return [part]
     bounds = [part.first, *(group for group in groups if part.first < group < part.last), part.last]
     run = [part._replace(first=first, last=last) for first, last in pairwise(bounds)]
-    return run if part.early else [GraphKey(part.rows, 0, False, False, 0, 0), *run]
+    return run if part.early else [_taking_over(part.rows), *run]
+
+
+def _taking_over(rows: int) -> GraphKey:
+    return GraphKey(rows, 0, False, False, 0, 0)
 
 
 def usual_keys(rows: int, layers: int, head_dim: int, *, deterministic: bool, loads: bool) -> Iterator[GraphKey]:
     """The graphs that serve nearly every batch of at most `rows` rows that is not split, the smallest bucket's first.
 
-    `loads`: some batches wait for pages from the host, of users nearly all of whose rows come from there.
+    `loads`: some batches wait for pages from the host, of users nearly all of whose rows come from there. Of those that are
+    split there is what their second part takes over from the first.
     """
+    tiles = TILES if head_dim <= WIDEST_HEAD_OF_LARGE_TILES else (SMALLEST_TILE,)
     bucket = SMALLEST_BUCKET
     while bucket <= bucket_rows(rows):
-        for tile_rows in TILES if head_dim <= WIDEST_HEAD_OF_LARGE_TILES else (SMALLEST_TILE,):
+        for tile_rows in tiles:
             for direct in (False,) if deterministic else (False, True):
                 yield GraphKey(bucket, tile_rows, direct, False, 0, layers)
         if loads and bucket <= LOADED_ROWS:
-            yield GraphKey(bucket, SMALLEST_TILE, False, True, 0, layers)
+            yield from (GraphKey(bucket, tile_rows, False, True, 0, layers) for tile_rows in tiles)
+            yield _taking_over(bucket)
         bucket = bucket_rows(bucket + 1)

@@ -57,13 +57,16 @@ def test_the_usual_graphs_serve_batches_of_any_number_of_rows(rows: int) -> None
     keys = list(usual_keys(rows, 8, 128, deterministic=False, loads=True))
     assert len(set(keys)) == len(keys)
     assert [key.rows for key in keys] == sorted(key.rows for key in keys)
+    whole = [key for key in keys if key.last]
     for some in {1, rows // 3 + 1, rows}:
-        kinds = {(key.tile_rows, key.direct) for key in keys if key.rows == bucket_rows(some) and not key.gated}
+        kinds = {(key.tile_rows, key.direct) for key in whole if key.rows == bucket_rows(some) and not key.gated}
         assert kinds == {(128, False), (128, True), (192, False), (192, True)}
     assert max(key.rows for key in keys) == bucket_rows(rows)
-    gated = {key.rows for key in keys if key.gated}
-    assert gated == {key.rows for key in keys if key.rows <= LOADED_ROWS}
-    assert all((key.first, key.last, key.early) == (0, 8, False) for key in keys)
+    loaded = {key.rows for key in keys if key.rows <= LOADED_ROWS}
+    assert {key.rows for key in whole if key.gated} == {key.rows for key in keys if not key.last} == loaded
+    assert all((key.first, key.last, key.early) == (0, 8, False) for key in whole)
+    split = GraphKey(bucket_rows(1), 128, direct=False, gated=True, first=2, last=8)
+    assert segments(split, layer_groups(8), 8)[0] in keys
 
 
 def test_the_usual_graphs_are_only_those_that_a_model_can_have() -> None:
@@ -73,6 +76,6 @@ def test_the_usual_graphs_are_only_those_that_a_model_can_have() -> None:
 
     assert kinds(256, deterministic=True, loads=False) == {(128, False, False)}
     assert kinds(256, deterministic=False, loads=True) == {
-        (128, False, False), (128, True, False), (128, False, True)
+        (128, False, False), (128, True, False), (128, False, True), (0, False, False)
     }  # fmt: skip
     assert kinds(64, deterministic=True, loads=False) == {(128, False, False), (192, False, False)}
