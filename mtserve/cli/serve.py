@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,8 @@ def run(words: list[str]) -> int:
         raise
     for line in _engine_lines(engine):
         print(line, flush=True)
+    gc.collect()
+    gc.freeze()  # what the start left on the heap lives as long as the process: requests do not wait while it is searched
     serve(engine, server_config, history=history, max_append=history_config.max_append)
     return 0
 
