@@ -14,7 +14,7 @@ from mtserve.kernels.token_embedding.batch import TILE_TOKENS
 from mtserve.model.ranking import RankingModel
 from mtserve.model.tokeniser import GAP_THRESHOLDS_MS
 
-# One thread lays out as many in 26 us (benchmarks/bench_host.py); half as many are done before another has woken.
+# One thread lays out as many in 13 us (benchmarks/bench_host.py); half as many are done before another has woken.
 ROWS_OF_PART = 4096
 # Sections of the feature rows begin at multiples of this many bytes.
 _ALIGNMENT = 16

@@ -303,6 +303,14 @@ def test_buckets_found_in_cpp_are_those_of_the_model(seed: int) -> None:
     assert np.array_equal(found, gap_buckets(gaps))
 
 
+@pytest.mark.parametrize("thresholds", [[0], [-5, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [0, 5, 5, 5, 2**53 - 1]])
+def test_buckets_are_found_however_close_their_thresholds_lie(thresholds: list[int]) -> None:
+    gaps = np.concatenate([np.arange(-2, 40), 2**53 + np.arange(-2, 3)])
+    found = np.full(len(gaps), -1, dtype=np.int32)
+    _core._GapBuckets(np.array(thresholds)).find(gaps, found)
+    assert np.array_equal(found, np.searchsorted(thresholds[1:], gaps, side="right"))
+
+
 @pytest.mark.parametrize(
     ("gaps", "out", "field"),
     [
@@ -462,7 +470,8 @@ def test_unfit_room_is_named_and_nothing_is_written(name: str, array: Any) -> No
     ("field", "value"),
     [("users", -1), ("user_bytes", 0), ("behaviour_bytes", 7), ("candidate_bytes", 2**31), ("page_tokens", 0),
      ("tile_tokens", 0), ("rows_of_part", 0), ("gap_thresholds", np.empty(0, np.int64)), ("gap_thresholds", np.array([1, 0])),
-     ("gap_thresholds", np.array([-2, 0, 5])), ("gap_thresholds", np.zeros(64, INT32))],
+     ("gap_thresholds", np.array([-2, 0, 5])), ("gap_thresholds", np.array([0, 2**53])),
+     ("gap_thresholds", np.zeros(64, INT32))],
 )  # fmt: skip
 def test_a_bad_shape_is_named(field: str, value: Any) -> None:
     with pytest.raises(InvalidArgument) as error:
