@@ -115,9 +115,22 @@ Match lookup(const Index& index, nb::handle user, nb::handle chain) {
     return index.lookup(user_view(user, "user"), chain_view(buffer, "chain"));
 }
 
-nb::object begin_load(Index& index, nb::handle user, nb::handle chain, double now) {
-    const Buffer buffer(chain, "chain", PyBUF_FORMAT);
-    return copy_tuple(index.begin_load(user_view(user, "user"), chain_view(buffer, "chain"), now));
+nb::list begin_loads(Index& index, nb::sequence users, nb::sequence chains, double now) {
+    const UserViews views(users);
+    const Items chain_items(chains, "chains");
+    const std::vector<std::string_view>& names = views.all();
+    if (chain_items.size() != static_cast<Py_ssize_t>(names.size())) throw one_chain_a_user(static_cast<Py_ssize_t>(names.size()));
+    std::deque<Buffer> held;  // a deque, for views must not move
+    std::vector<ChainView> asked;
+    // Refuses what is no user id and no chain before anything is begun.
+    for (size_t i = 0; i < names.size(); ++i) {
+        std::as_const(index).find(names[i]);
+        held.emplace_back(chain_items[static_cast<Py_ssize_t>(i)], "chains", PyBUF_FORMAT);
+        asked.push_back(chain_view(held.back(), "chains"));
+    }
+    nb::list plans;
+    for (size_t i = 0; i < names.size(); ++i) plans.append(copy_tuple(index.begin_load(names[i], asked[i], now)));
+    return plans;
 }
 
 // Stops before the first user that comes after `pages` or more were planned.
@@ -237,7 +250,7 @@ void bind_index(nb::module_& module) {
                  return users;
              },
              "ticket"_a, "success"_a)
-        .def("_begin_load", &begin_load, "user"_a, "chain"_a, "now"_a)
+        .def("_begin_loads", &begin_loads, "users"_a, "chains"_a, "now"_a)
         .def("end_load", &Index::end_load, "ticket"_a, "success"_a)
         .def("_begin_stores", &begin_stores, "users"_a, "tail"_a, "pages"_a, "now"_a)
         .def("unsaved_tokens", [](const Index& index, nb::handle user) { return index.unsaved_tokens(user_view(user, "user")); },

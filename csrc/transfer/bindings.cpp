@@ -30,13 +30,19 @@ const int32_t* page_ids(const Buffer& buffer, const char* field) {
     return buffer.data<int32_t>();
 }
 
-nb::bytes runs(nb::handle left, nb::handle right, int64_t boundary) {
+// What `find` says of the pages of both sides.
+template <typename Find>
+auto of_runs(Find find, nb::handle left, nb::handle right, int64_t boundary) {
     const Buffer from(left, "left", PyBUF_FORMAT), to(right, "right", PyBUF_FORMAT);
     const int32_t* left_ids = page_ids(from, "left");
     const int32_t* right_ids = page_ids(to, "right");
     if (from.extent(0) != to.extent(0)) throw invalid_argument("right", "needs as many pages as left");
     if (boundary < 0) throw invalid_argument("boundary", std::to_string(boundary) + " is below 0");
-    const std::vector<int64_t> found = find_runs(left_ids, right_ids, from.extent(0), boundary);
+    return find(left_ids, right_ids, from.extent(0), boundary);
+}
+
+nb::bytes runs(nb::handle left, nb::handle right, int64_t boundary) {
+    const std::vector<int64_t> found = of_runs(find_runs, left, right, boundary);
     return nb::bytes(found.data(), found.size() * sizeof(int64_t));
 }
 
@@ -120,6 +126,9 @@ PyType_Slot slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(&get_buffer)}, 
 
 void bind_transfer(nb::module_& module) {
     module.def("_find_runs", &runs, "left"_a, "right"_a, "boundary"_a);
+    module.def("_count_runs",
+               [](nb::handle left, nb::handle right, int64_t boundary) { return of_runs(count_runs, left, right, boundary); },
+               "left"_a, "right"_a, "boundary"_a);
     const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
     nb::class_<PageLink>(module, "_PageLink")
         .def("__init__",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -40,8 +39,7 @@ class Busy(NamedTuple):
         return self.loading or self.storing or self.in_batch
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """A copy between the tiers: `gpu_pages[i]` and `host_pages[i]`, int32, are twins.
 
     It brings tokens [first_token, tokens) to the destination, which holds [0, tokens) after success.
@@ -64,9 +62,13 @@ C = TypeVar("C", bound=Copy)
 class Load(Copy):
     """Host to GPU."""
 
+    __slots__ = ()
+
 
 class Store(Copy):
     """GPU to host."""
+
+    __slots__ = ()
 
 
 class TierStats(NamedTuple):
@@ -191,8 +193,12 @@ class TieredIndex(_core.Index):
 
         None when the GPU has all of it already, the user is busy in any way, or there is no room at all.
         """
-        plan = self._begin_load(user, chain, self._clock())
-        return None if plan is None else _copy(Load, user, plan)
+        return self.begin_loads([user], [chain])[0]
+
+    def begin_loads(self, users: Sequence[str], chains: Sequence[Chain]) -> list[Load | None]:
+        """`begin_load` of one user after the other."""
+        plans = self._begin_loads(users, chains, self._clock())
+        return [None if plan is None else _copy(Load, user, plan) for user, plan in zip(users, plans, strict=True)]
 
     def begin_store(self, user: str, tail: bool = True) -> Store | None:
         """Plan GPU to host for the tokens the host lacks; perhaps only a part for want of room.

@@ -19,7 +19,7 @@ from mtserve.engine.known_costs import known_costs
 from mtserve.engine.memory import Memory
 from mtserve.engine.pace import Pace
 from mtserve.engine.runners import max_prefix
-from mtserve.engine.scheduler import Scheduler
+from mtserve.engine.scheduler import Questions, Scheduler
 from mtserve.engine.sequence import UserSequence
 from mtserve.engine.served import Place, Served
 from mtserve.engine.stopwatch import Stopwatch
@@ -80,6 +80,7 @@ class Core:
             if config.graphs == "ahead":
                 self.served.runner.prepare()
             self._restore_by(costs)
+            self._questions = Questions(lambda job: 0) if self.tiers is None else self.tiers.questions
         except Exception:
             if self.memory is not None:
                 self.memory.close()  # nobody else will
@@ -140,7 +141,7 @@ class Core:
         lap("copies")
         batches = self.batches
         idle = batches.flight is None
-        slots = self.scheduler.take(self._cached, self._spare, self._restorable, self._passes, idle=idle)
+        slots = self.scheduler.take(*self._questions, idle=idle)
         launched = batches.launch(slots) if slots else None
         lap("planning")
         try:
@@ -179,19 +180,6 @@ class Core:
 
     def _onload(self) -> bool:
         return self.tiers is not None and self.tiers.onload(self.scheduler.head())
-
-    def _cached(self, job: Job) -> int | None:
-        return 0 if self.tiers is None else self.tiers.cached(job)
-
-    def _spare(self, job: Job) -> bool:
-        """Whether `job`, which must wait, may rather be encoded whole."""
-        return self.tiers is not None and self.tiers.spare(job)
-
-    def _restorable(self, job: Job) -> int | None:
-        return None if self.tiers is None else self.tiers.restorable(job)
-
-    def _passes(self, job: Job) -> tuple[int, bool] | None:
-        return None if self.tiers is None else self.tiers.passes(job)
 
     def invalidate(self, user_id: str | None) -> int:
         """Forget the states of one user, or of all; returns how many users had any."""

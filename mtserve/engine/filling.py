@@ -35,6 +35,10 @@ class Slot:
         return self.encode_to < len(self.sequence.chain)
 
     @property
+    def candidates(self) -> int:
+        return sum([len(job.candidates) for job in self.jobs])
+
+    @property
     def delta(self) -> int:
         return self.encode_to - self.cached
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -45,10 +45,10 @@ class Job:
     passed_over: int = 0
     overtaken: int = 0
     replaces: UserSequence | None = None
+    user_id: str = field(init=False)
 
-    @property
-    def user_id(self) -> str:
-        return self.sequence.user_id
+    def __post_init__(self) -> None:
+        self.user_id = self.sequence.user_id
 
     @property
     def prefetch(self) -> bool:

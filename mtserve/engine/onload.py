@@ -30,6 +30,7 @@ class Onload:
         self._restore = config.restore
         self._failed: set[str] = set()  # users whose loads failed since the last `plan`
         self._window: dict[str, int] = {}  # users whose turn is near enough to load them -> pages kept for each
+        self._near_jobs: set[Job] = set()  # theirs, of those surveyed last
         # What the index says of the first jobs, until something changes it.
         self._surveyed: dict[Job, Presence] = {}
         self._token_s, self._to_encode = 0.0, 0  # seconds a token; tokens of waiting jobs that nothing brings
@@ -100,7 +101,7 @@ class Onload:
         return ticket is not None and self.mover.near(ticket)
 
     def _near(self, job: Job) -> bool:
-        return self._fits(job, self._window)
+        return job in self._near_jobs or self._fits(job, self._window)
 
     def _fits(self, job: Job, window: dict[str, int]) -> bool:
         return -(-len(job.sequence.chain) // self._page_tokens) <= window.get(job.user_id, 0)
@@ -124,12 +125,16 @@ class Onload:
         found = self._index.survey([job.user_id for job in jobs], [job.sequence.chain for job in jobs])
         self._surveyed = dict(zip(jobs, found, strict=True))
         near = self._open_window(jobs, reserved_pages)
-        self._token_s = token_s
-        waiting = sum(job.prefix + len(job.candidates) for job in jobs)
-        there = found if len(near) == len(jobs) else map(self._presence, near)
-        self._to_encode = waiting - sum(max(each.gpu_tokens, each.arriving_tokens) for each in there)
+        self._near_jobs, self._token_s = set(near), token_s
+        waiting = sum([job.prefix + len(job.candidates) for job in jobs])
+        self._to_encode = waiting - sum([self._held_tokens(job) for job in near])
+        if self._failed or self._restore == "recompute":
+            self._encode_instead(near)
+
+    def _encode_instead(self, near: Sequence[Job]) -> None:
+        """Nothing is loaded for those of these jobs whose loads have failed, or for any where none are wanted."""
         for job in near:
-            if self._restore == "recompute" or (self._failed and job.user_id in self._failed):
+            if self._restore == "recompute" or job.user_id in self._failed:
                 job.loads, job.loaded_from = MAX_LOADS, -1
         self._failed.clear()
 

@@ -13,7 +13,7 @@ from mtserve.config import EngineConfig
 from mtserve.engine.filling import Slot
 from mtserve.engine.transfers import Transfers
 from mtserve.metrics import Metrics
-from mtserve.restore.choice import Choice, Layout, Need, Work, choose, user_work
+from mtserve.restore.choice import NOTHING, Choice, Layout, Need, Work, choose, user_work
 from mtserve.restore.costs import Costs
 from mtserve.restore.watch import PredictionWatch
 from mtserve.transfer.mover import LOAD, Arrivals, Finished, Mover, Pieces
@@ -77,8 +77,10 @@ class Restoring:
         restored = [slot for slot in slots if slot.restored]
         if not restored:
             return None
-        begun = [(slot, self._index.begin_load(slot.user_id, slot.sequence.chain)) for slot in restored]
-        brought = [(slot, load) for slot, load in begun if load is not None]  # the device may have no room for another
+        sequences = [slot.sequence for slot in restored]
+        begun = self._index.begin_loads([each.user_id for each in sequences], [each.chain for each in sequences])
+        # The device may have no room for another.
+        brought = [(slot, load) for slot, load in zip(restored, begun, strict=True) if load is not None]
         loads = [load for _, load in brought]
         try:
             pieces = self._mover.split_pieces(loads) if loads else None
@@ -99,9 +101,11 @@ class Restoring:
         )
 
     def _decide(self, slots: Sequence[Slot], brought: Sequence[tuple[Slot, Load]], pieces: Pieces | None) -> Choice:
-        loading = {slot.user_id for slot, _ in brought}
-        others = [self._work(slot) for slot in slots if slot.user_id not in loading]
-        work = Work(sum(each.rows for each in others), sum(each.pairs for each in others))
+        work = NOTHING
+        if len(brought) < len(slots):
+            loading = {slot.user_id for slot, _ in brought}
+            others = [self._work(slot) for slot in slots if slot.user_id not in loading]
+            work = Work(sum(each.rows for each in others), sum(each.pairs for each in others))
         return self._choose(pieces, [self._need(slot, load) for slot, load in brought], work)
 
     def _choose(self, pieces: Pieces | None, needs: Sequence[Need], others: Work) -> Choice:
@@ -130,12 +134,10 @@ class Restoring:
             self._index.end_load(load.ticket, False)
 
     def _need(self, slot: Slot, load: Load) -> Need:
-        candidates = sum(len(job.candidates) for job in slot.jobs)
-        return Need(slot.encode_to, load.first_token, load.tokens, candidates, self._frozen(slot))
+        return Need(slot.encode_to, load.first_token, load.tokens, slot.candidates, self._frozen(slot))
 
     def _work(self, slot: Slot) -> Work:
-        candidates = sum(len(job.candidates) for job in slot.jobs)
-        return user_work(slot.cached, slot.encode_to, candidates, self._frozen(slot))
+        return user_work(slot.cached, slot.encode_to, slot.candidates, self._frozen(slot))
 
     def _frozen(self, slot: Slot) -> int:
         return slot.sequence.groups.frozen if self._frozen_sees_all else 0

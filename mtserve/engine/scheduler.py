@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
+from typing import NamedTuple
 
 from mtserve.config import EngineConfig
 from mtserve.engine.filling import Filling, Slot
@@ -14,6 +15,15 @@ from mtserve.metrics import Metrics
 
 # Batches an oversized cold user lets others go first before it gets one to itself.
 PATIENCE = 4
+
+
+class Questions(NamedTuple):
+    """What `take` asks of each job, as documented there."""
+
+    cached: Callable[[Job], int | None]
+    spare: Callable[[Job], bool] = lambda job: False
+    restorable: Callable[[Job], int | None] = lambda job: None
+    passes: Callable[[Job], tuple[int, bool] | None] = lambda job: None
 
 
 class Scheduler:
@@ -106,10 +116,11 @@ class Scheduler:
 
     def remove(self, jobs: Iterable[Job]) -> None:
         """Take out `jobs`, as far as they are queued."""
+        scores, prefetches = self._scores, self._prefetches
         for job in jobs:
-            self._scores.pop(job, None)
-            if self._prefetches.get(job.user_id) is job:
-                del self._prefetches[job.user_id]
+            scores.pop(job, None)
+            if prefetches and prefetches.get(job.user_id) is job:
+                del prefetches[job.user_id]
 
     def drop_hopeless(self, now: float, token_s: float) -> None:
         """Take out what is cancelled or cannot meet its deadline, before it costs anything.
@@ -166,7 +177,8 @@ class Scheduler:
         """
         batch = Filling(self._config, self._static_attention)
         waiting: list[Job] = []
-        overdue = self._overdue(cached)
+        head = self.head()
+        overdue = self._overdue(head, cached)
         for job in self.jobs() if overdue is None else [overdue]:
             if batch.full:
                 break
@@ -182,8 +194,8 @@ class Scheduler:
             batch.offer_whole(filter(spare, waiting))
         slots = batch.close()
         if waiting:
-            self._count_overtaken(slots)
-        self.remove(job for slot in slots if not slot.partial for job in slot.jobs)
+            _count_overtaken(head, slots)
+        self.remove([job for slot in slots if not slot.partial for job in slot.jobs])
         return slots
 
     def _offer_restored(self, batch: Filling, waiting: Sequence[Job], restorable: Callable[[Job], int | None]) -> None:
@@ -208,26 +220,27 @@ class Scheduler:
                     batch.offer(job, tokens)
             batch.offer_whole(whole)
 
-    def _count_overtaken(self, slots: Sequence[Slot]) -> None:
-        taken = {job for slot in slots for job in slot.jobs}
-        later = False
-        for job in reversed(self.head() if taken else []):
-            if job in taken:
-                later = True
-            elif later:
-                job.overtaken += 1
-
-    def _overdue(self, cached: Callable[[Job], int | None]) -> Job | None:
+    def _overdue(self, head: Sequence[Job], cached: Callable[[Job], int | None]) -> Job | None:
         """The first ready job that no budget fits and that has let enough batches go first: its turn, alone.
 
         Not a prefetch while scores wait.
         """
-        for job in self.head():
-            if job.prefetch and self._scores:
-                break
-            if job.passed_over >= PATIENCE and cached(job) is not None:
+        for job in head:
+            if job.passed_over >= PATIENCE and not (job.prefetch and self._scores) and cached(job) is not None:
                 return job
         return None
+
+
+def _count_overtaken(head: Sequence[Job], slots: Sequence[Slot]) -> None:
+    taken = {job for slot in slots for job in slot.jobs}
+    if not taken or taken.issuperset(head):
+        return
+    later = False
+    for job in reversed(head):
+        if job in taken:
+            later = True
+        elif later:
+            job.overtaken += 1
 
 
 def _newer(job: Job, other: Job) -> bool:

@@ -23,6 +23,7 @@ from mtserve.engine.job import Job
 from mtserve.engine.onload import Onload
 from mtserve.engine.pace import Pace
 from mtserve.engine.restoring import Restored, Restoring
+from mtserve.engine.scheduler import Questions
 from mtserve.engine.sequence import UserSequence
 from mtserve.engine.tier_counts import TierCounts
 from mtserve.engine.transfers import Transfers
@@ -103,13 +104,13 @@ class Tiers:
         self.restoring: Restoring | None = None  # None: batches do not decide how states come back
         self._unpackers: list[Unpacker] = []  # that were replaced, and that loads under way may still run
 
-    def cached(self, job: Job) -> int | None:
-        """Prefix tokens of `job` on the device; None while it should wait for room, or for its states to come."""
-        return self._onload.cached(job)
+    @property
+    def questions(self) -> Questions:
+        """What the scheduler asks of the jobs that `survey` looked at."""
+        return Questions(self._onload.cached, self._onload.spare, self._restorable, self._onload.passes)
 
-    def spare(self, job: Job) -> bool:
-        """Whether `job`, which has to wait, loses nothing but its place by being encoded whole and not kept."""
-        return self._onload.spare(job)
+    def _restorable(self, job: Job) -> int | None:
+        return None if self.restoring is None else self._onload.restorable(job)
 
     def restore_by(self, costs: Costs, *, frozen_sees_all: bool) -> None:
         """Let batches decide how states come back, by what that is expected to cost; the rest is as in Restoring."""
@@ -123,14 +124,6 @@ class Tiers:
         if self.mover.unpacker is not None and self._transfers.under_way(LOAD):
             self._unpackers.append(self.mover.unpacker)
         self.mover.unpacker = unpacker
-
-    def restorable(self, job: Job) -> int | None:
-        """Prefix tokens of `job` on the device where a batch of its own may bring the rest; None for others."""
-        return None if self.restoring is None else self._onload.restorable(job)
-
-    def passes(self, job: Job) -> tuple[int, bool] | None:
-        """Where `job` is to be encoded rather than wait: prefix tokens on the device, and whether the others are kept."""
-        return self._onload.passes(job)
 
     def survey(self, jobs: Sequence[Job], token_s: float) -> None:
         """Look at what these jobs, the first that wait, need; `token_s`: seconds to encode a token."""
@@ -207,7 +200,7 @@ class Tiers:
 
     def _begin_restore(self, restoring: Restoring, slots: Sequence[Slot]) -> Restored | None:
         try:
-            return restoring.begin(slots, self._note_evictions)
+            return restoring.begin(slots, self._poison_freed)
         except Exception:  # what the mover has of their loads is not known: they are encoded again, in other pages
             for slot in slots:
                 if self._transfers.loading(slot.user_id) is not None:

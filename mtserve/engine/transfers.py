@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mtserve.cache.index import Copy
 from mtserve.metrics import Metrics
@@ -14,8 +13,7 @@ from mtserve.types import Clock
 DIRECTIONS = (LOAD, STORE)
 
 
-@dataclass(frozen=True)
-class Transfer:
+class Transfer(NamedTuple):
     """One copy under way: its size in bytes, when it was submitted, and the device pages that it holds fast."""
 
     user_id: str
@@ -47,17 +45,15 @@ class Transfers:
         now, under_way = self._clock(), self._open[kind]
         if not under_way:
             self._busy_since[kind] = now
-        begun = {copy.ticket: self._transfer(copy, now, page_bytes or self._page_bytes) for copy in copies}
-        under_way.update(begun)
+        size, page_bytes, page_tokens = 0, page_bytes or self._page_bytes, self._page_tokens
+        for ticket, user, pages, _, _, tokens in copies:
+            moved = len(pages) * page_bytes
+            under_way[ticket] = Transfer(user, moved, now, -(-tokens // page_tokens))
+            size += moved
         if kind == LOAD:
             self._loading.update((copy.user, copy.ticket) for copy in copies)
-        size = sum(transfer.bytes for transfer in begun.values())
         self._open_bytes[kind] += size
-        self._metrics.count_many(((f"{kind}s_in_flight", len(begun), ""), (f"{kind}_bytes_in_flight", size, "")))
-
-    def _transfer(self, copy: Copy, now: float, page_bytes: int) -> Transfer:
-        size = len(copy.gpu_pages) * page_bytes
-        return Transfer(copy.user, size, now, -(-copy.tokens // self._page_tokens))
+        self._metrics.count_many(((f"{kind}s_in_flight", len(copies), ""), (f"{kind}_bytes_in_flight", size, "")))
 
     def loading(self, user_id: str) -> int | None:
         """Ticket of the load under way that brings the user's present states."""

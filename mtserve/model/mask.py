@@ -8,7 +8,7 @@ definition in words, and a test draws both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -16,20 +16,17 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Groups:
-    """Lengths of the token groups of one sequence; they sum to the prefix."""
+    """Lengths of the token groups of one sequence; they sum to the `prefix`. `frozen`: tokens of the generation, U + S."""
 
     user: int
     static: int
     realtime: int
+    frozen: int = field(init=False)
+    prefix: int = field(init=False)
 
-    @property
-    def frozen(self) -> int:
-        """Tokens of the generation: U + S."""
-        return self.user + self.static
-
-    @property
-    def prefix(self) -> int:
-        return self.user + self.static + self.realtime
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "frozen", self.user + self.static)
+        object.__setattr__(self, "prefix", self.user + self.static + self.realtime)
 
 
 def visible(groups: Groups, static_attention: str, i: int, j: int, seen_realtime: int | None = None) -> bool:

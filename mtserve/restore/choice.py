@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import chain
 from typing import NamedTuple
 
 from mtserve import _core
@@ -68,14 +68,9 @@ class Layout:
     splits: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        assert self.layers >= 1 and self.page_tokens >= 1 and self.layer_bytes >= 1 and self.run_pages >= 1
-        assert 0 <= self.grouped <= 1 and self.parts >= 1
-        groups = self.groups or tuple(range(self.layers))
-        assert groups[0] == 0 and groups[-1] < self.layers and all(first < last for first, last in pairwise(groups))
-        splits = range(1, self.layers) if self.splits is None else self.splits
-        assert all(0 < layer < self.layers for layer in splits)
-        object.__setattr__(self, "groups", groups)
-        object.__setattr__(self, "splits", tuple(sorted(set(splits))))
+        if not self.groups:
+            object.__setattr__(self, "groups", tuple(range(self.layers)))
+        assert self.splits is None or all(0 < layer < self.layers for layer in self.splits)
 
     def pages(self, need: Need) -> int:
         """Pages that a load brings: whole ones, that of the last cached token among them where it is not full."""
@@ -129,8 +124,9 @@ def choose(
     )  # fmt: skip
     found = {RECOMPUTE: (ends[layers], layers)}
     if needs and (costs.link or way != AUTO):
-        if layout.splits:  # the last of equals loads least
-            layer = min(reversed(layout.splits), key=ends.__getitem__)
+        splits = range(1, layers) if layout.splits is None else layout.splits
+        if splits:
+            layer = min(sorted(splits, reverse=True), key=ends.__getitem__)  # the last of equals loads least
             found[SPLIT] = (ends[layer], layer)
         found[LOAD] = (ends[0], 0)
     by_way = {name: end_s + added.get(name, 0.0) for name, (end_s, _) in found.items()}

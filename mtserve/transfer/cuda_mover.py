@@ -13,18 +13,20 @@ import time
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
 import torch
 
+from mtserve import _core
 from mtserve.cache.index import Copy, PageIds
 from mtserve.errors import MtserveError
 from mtserve.kernels.cuda.driver import Event, current_context, use_context
 from mtserve.kernels.cuda.queue import DriverQueue, PageLink
 from mtserve.transfer.course import Course
 from mtserve.transfer.lane import CopyJob, Lane, Submission
-from mtserve.transfer.mover import LOAD, STORE, Fault, Finished, Mover, Pieces, runs
+from mtserve.transfer.mover import LOAD, STORE, Fault, Finished, Mover, Pieces
 
 MAX_GROUPS = 4  # of layers, in which a long load comes over an idle link
 GROUPED_PIECE_BYTES = 2 << 20  # the least strided piece that keeps the link's rate
@@ -67,6 +69,7 @@ class LayerArrivals:
         self.events[-1].synchronize()
 
 
+@cache
 def layer_groups(layers: int, groups: int = MAX_GROUPS) -> tuple[int, ...]:
     """The first layer of each group in which long loads come."""
     groups = min(groups, layers)
@@ -265,15 +268,14 @@ class CudaMover(Mover):
         return size / LINK_BYTES_PER_S
 
     def split_pieces(self, loads: Sequence[Copy]) -> Pieces:
-        gpu_pages, host_pages = (
-            np.concatenate([getattr(each, name) for each in loads]) for name in ("gpu_pages", "host_pages")
-        )
+        gpu_pages = np.concatenate([load.gpu_pages for load in loads])
+        host_pages = np.concatenate([load.host_pages for load in loads])
         course = split_course(self._layers, len(gpu_pages), self._page_bytes, unpacked=self.unpacker is not None)
         return Pieces(len(gpu_pages), *course, self._run_pages(gpu_pages, host_pages))
 
     def _run_pages(self, gpu_pages: PageIds, host_pages: PageIds) -> float:
         """Neighbouring pages that one copy takes, in the mean."""
-        return len(gpu_pages) / len(runs(gpu_pages, host_pages, self.chunk_pages)[2])
+        return len(gpu_pages) / _core._count_runs(gpu_pages, host_pages, self.chunk_pages)
 
     def near(self, ticket: int) -> bool:
         lane, submission = self._lanes[LOAD], self._loads.get(ticket)

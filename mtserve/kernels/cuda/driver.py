@@ -155,14 +155,11 @@ class Event:
     def __init__(self, *, timed: bool = False) -> None:
         self._handle = ctypes.c_void_p()
         call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(0 if timed else _EVENT_DISABLE_TIMING))
+        self.handle = self._handle.value or 0
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # the driver may be gone before us
             _function("cuEventDestroy_v2", True)(self._handle)
-
-    @property
-    def handle(self) -> int:
-        return self._handle.value or 0
 
     def record(self, stream: int) -> None:
         """Mark where the stream stands."""
