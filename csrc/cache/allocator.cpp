@@ -117,14 +117,31 @@ int64_t PageAllocator::take_run(int64_t first, int64_t count, std::vector<int32_
 }
 
 void PageAllocator::release(int32_t page) {
-    if (is_free(page)) throw corrupt_state("page", "page " + text(page) + " is released but already free");
-    const int32_t block = page / kRunPages;
-    set_mask(block, blocks_[block].mask | bits(page % kRunPages, 1));
-    ++free_;
-    if (track_freed_ && !freed_listed_[page]) {
-        freed_listed_[page] = true;
-        freed_.push_back(page);
+    std::vector<int32_t> owned{page};
+    release_behind(owned, 0);
+}
+
+// Block by block: a run's pages become free at once.
+void PageAllocator::release_behind(std::vector<int32_t>& owned, size_t kept) {
+    while (owned.size() > kept) {
+        const int32_t block = owned.back() / kRunPages;
+        uint32_t freed = 0;
+        for (; owned.size() > kept && owned.back() / kRunPages == block; owned.pop_back()) {
+            const int32_t page = owned.back();
+            const uint32_t bit = bits(page % kRunPages, 1);
+            if (is_free(page) || freed & bit) throw corrupt_state("page", "page " + text(page) + " is released but already free");
+            freed |= bit;
+            if (track_freed_) list_freed(page);
+        }
+        free_ += __builtin_popcount(freed);
+        set_mask(block, blocks_[block].mask | freed);
     }
+}
+
+void PageAllocator::list_freed(int32_t page) {
+    if (freed_listed_[page]) return;
+    freed_listed_[page] = true;
+    freed_.push_back(page);
 }
 
 std::vector<int32_t> PageAllocator::drain_freed() {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -31,6 +32,8 @@ public:
 
     // Throws CorruptState when the page is free already.
     void release(int32_t page);
+    // All but the first `kept` of the owner's pages, the last first.
+    void release_behind(std::vector<int32_t>& owned, size_t kept);
 
     // Adds so many free pages behind the last; at most 2^31 - 1 in all.
     void grow(int64_t pages);
@@ -53,6 +56,7 @@ private:
     int64_t find_room(int64_t count, int64_t room) const;
     int32_t shortest_run(int64_t at_least) const;
     int64_t take_run(int64_t first, int64_t count, std::vector<int32_t>& owned);
+    void list_freed(int32_t page);
     void set_mask(int32_t block, uint32_t mask);
     void link(int32_t block);
     void unlink(int32_t block);

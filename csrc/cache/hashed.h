@@ -44,7 +44,7 @@ struct PageIds {
     using Allocator = PageAllocator;
 
     static void release_behind(List& pages, size_t kept, Allocator& allocator) {
-        for (; pages.size() > kept; pages.pop_back()) allocator.release(pages.back());
+        allocator.release_behind(pages, kept);
     }
     static List cut(const List& pages, int32_t first, int32_t last) { return List(pages.begin() + first, pages.begin() + last); }
     // The first `count` ids to `row`, then -1 as far as `width`.
