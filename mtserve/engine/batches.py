@@ -110,8 +110,8 @@ class Batches:
         restored = None if reservation is None else reservation.restored
         if reservation is None or restored is None or not restored.loads or not restored.choice.first_layer:
             return None
-        before = reservation.early([slot.user_id for slot in slots])
-        plan = self.served.planner.plan(slots, before, self.served.runner.early_room)
+        before = restored.early([slot.user_id for slot in slots], reservation.cached.tolist())
+        plan = self.served.planner.plan(slots, reservation, self.served.runner.early_room, before)
         early = EarlyLayers(plan, restored.choice.first_layer)
         self.served.runner.start_early(early)
         return early
@@ -144,12 +144,14 @@ class Batches:
         return True
 
     def _note_landed(self, waited: dict[int, float], restored: Restored | None, seconds: float) -> None:
-        """Count how long a batch's layers waited for loads, and hold what it took to what was predicted."""
+        """Count what a batch has left, and how long its layers waited for loads; hold what it took to what was predicted."""
         if waited:
             groups = [("load_wait_seconds_total", each, str(group)) for group, each in enumerate(waited.values())]
             self._metrics.count_many((("batches_over_loads_total", 1, ""), *groups))
-        if restored is not None and self._tiers is not None:
-            self._tiers.restored(restored, seconds)
+        if self._tiers is not None:
+            self._tiers.count()
+            if restored is not None:
+                self._tiers.restored(restored, seconds)
 
     def _commit(
         self,
@@ -165,12 +167,12 @@ class Batches:
             spoiled = self._tiers.release(reservation, slots, success=True)
         cached = [0] * len(slots) if reservation is None else reservation.cached.tolist()
         for slot, tokens in zip(slots, cached, strict=True):
-            if slot.user_id in spoiled:
+            if spoiled and slot.user_id in spoiled:
                 self._try_again(slot)
                 continue
             for job in slot.jobs:
                 job.found(tokens)
-        self._before_answers([slot for slot in slots if slot.user_id not in spoiled])
+        self._before_answers([slot for slot in slots if slot.user_id not in spoiled] if spoiled else slots)
         self._answers.give(plan, logits, self.served.model.config.tasks, seconds, without=spoiled)
 
     def _try_again(self, slot: Slot) -> None:
@@ -184,6 +186,7 @@ class Batches:
         """A crashed step fails its requests and leaks no page."""
         if self._tiers is not None and reservation is not None:
             self._tiers.release(reservation, slots, success=False)
+            self._tiers.count()
         jobs = [job for slot in slots for job in slot.jobs]
         self._scheduler.remove(jobs)
         for job in jobs:

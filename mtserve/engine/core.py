@@ -202,7 +202,7 @@ class Core:
             self._forgotten.add(user_id)
 
     def _forget_again(self, slots: Sequence[Slot]) -> None:
-        for slot in slots:
+        for slot in slots if self._forgotten else ():
             if slot.user_id in self._forgotten and not slot.partial:  # parts are what the answer is made from
                 self._forgotten.discard(slot.user_id)
                 self.forget(slot.user_id)

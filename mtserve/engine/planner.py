@@ -46,14 +46,19 @@ class Planner:
         )
 
     def plan(
-        self, slots: Sequence[Slot], reservation: Reservation | None, room: Callable[[BatchSize], BatchArrays]
+        self,
+        slots: Sequence[Slot],
+        reservation: Reservation | None,
+        room: Callable[[BatchSize], BatchArrays],
+        begins: list[int] | None = None,
     ) -> BatchPlan:
         """Lay the batch out in what `room` gives for its size.
 
-        Without a reservation (cache off) every prefix is encoded whole and not kept.
+        Without a reservation (cache off) every prefix is encoded whole and not kept. `begins` [B]: the token from which each
+        slot is encoded, where that is not what the reservation has cached.
         """
         nothing = [0] * len(slots)
-        cached = nothing if reservation is None else reservation.cached.tolist()
+        cached = begins or (nothing if reservation is None else reservation.cached.tolist())
         stored = nothing if reservation is None else reservation.stored.tolist()
         spans: list[int] = []
         jobs: list[Job] = []

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from mtserve.cache.index import Load, TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine.filling import Slot
@@ -31,11 +28,9 @@ class Restored:
     cached: dict[str, int]
     arrivals: Arrivals | None
 
-    def early(self, users: Sequence[str], cached: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """int32 [B]: tokens from which the layers before the loaded ones encode; `cached` [B] those of the others."""
-        return np.array(
-            [self.cached.get(user, int(tokens)) for user, tokens in zip(users, cached, strict=True)], np.int32
-        )
+    def early(self, users: Sequence[str], cached: Sequence[int]) -> list[int]:
+        """Tokens of each user from which the layers before the loaded ones encode; `cached`: from which the others do."""
+        return [self.cached.get(user, tokens) for user, tokens in zip(users, cached, strict=True)]
 
 
 class Restoring:

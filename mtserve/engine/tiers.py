@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtserve.cache.index import Copy, IndexStats, TieredIndex
+from mtserve.cache.index import Copy, TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine.filling import Slot
 from mtserve.engine.footprint import Footprint
@@ -55,11 +55,6 @@ class Reservation:
     loads: tuple[int, ...] = ()
     arrivals: Arrivals | None = None
     restored: Restored | None = None
-
-    def early(self, users: Sequence[str]) -> Reservation:
-        """The same for the layers before those that are loaded: tokens that come count as not cached."""
-        assert self.restored is not None
-        return replace(self, cached=self.restored.early(users, self.cached))
 
 
 class Tiers:
@@ -189,7 +184,7 @@ class Tiers:
         cached[len(kept) :] = stored[len(kept) :] = 0
         table[len(kept) :] = -1
         self._note_evictions()
-        pages = int((-(-stored // self._page_tokens)).sum())
+        pages = sum([-(-tokens // self._page_tokens) for tokens in stored.tolist()])
         self._reserved_pages += pages
         loads = tuple(ticket for ticket in map(self._transfers.loading, users) if ticket is not None)
         if restored is not None and restored.loads:
@@ -212,7 +207,7 @@ class Tiers:
 
         Returns the users whose states and scores are void, because a load under the batch failed.
         """
-        if success and any(map(self._transfers.is_open, reservation.loads)):
+        if success and self._transfers.any_open(LOAD, reservation.loads):
             assert reservation.arrivals is not None
             reservation.arrivals.wait()
             self.finish()  # the loads first: what the batch made lies behind what they brought
@@ -223,11 +218,11 @@ class Tiers:
         if success and self._has_host:
             self._write_back.grew([slot.user_id for slot in slots if slot.keep])
         self._poison_freed()
-        self._note_lost(self._counts.update())
         return spoiled
 
-    def _note_lost(self, stats: IndexStats) -> None:
-        """Save last pages sooner where they are evicted before, and the host would have had room for them."""
+    def count(self) -> None:
+        """Count what the tiers hold, and save last pages sooner where they are evicted before, though the host has room."""
+        stats = self._counts.update()
         if stats.unsaved_pages > self._lost_pages and stats.host.free:
             self._write_back.hurry()
         self._lost_pages = stats.unsaved_pages

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from mtserve.cache.index import Copy
@@ -66,9 +66,9 @@ class Transfers:
         else:
             self._loading.pop(user_id, None)
 
-    def is_open(self, ticket: int) -> bool:
-        """Whether this copy is under way."""
-        return any(ticket in under_way for under_way in self._open.values())
+    def any_open(self, kind: str, tickets: Collection[int]) -> bool:
+        """Whether any of these copies is under way."""
+        return not self._open[kind].keys().isdisjoint(tickets)
 
     def held(self) -> dict[str, int]:
         """Device pages that copies under way hold fast, by user."""

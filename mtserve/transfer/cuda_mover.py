@@ -125,7 +125,7 @@ class CudaMover(Mover):
         size = sum(map(self._size, jobs)) * (self._layers - first_layer) // self._layers
         firsts = (first_layer, *(first for first in pieces.groups if first > first_layer))
         self._begin(self._lanes[LOAD], Submission(jobs, size, firsts, pieces.grouped if len(firsts) > 1 else None))
-        return self.arrivals([load.ticket for load in loads])
+        return self._arrivals(self._lanes[LOAD].under_way[-1])
 
     def _jobs(self, kind: str, copies: Sequence[Copy]) -> list[CopyJob]:
         return [CopyJob(copy, self._injected(kind)) for copy in copies]
@@ -288,7 +288,10 @@ class CudaMover(Mover):
 
     def arrivals(self, tickets: Collection[int]) -> LayerArrivals:
         submissions = [self._loads[ticket] for ticket in tickets]
-        last = max(submissions, key=self._lanes[LOAD].under_way.index)  # the stream's earlier ones come before it
+        # The stream's earlier ones come before it.
+        return self._arrivals(max(submissions, key=self._lanes[LOAD].under_way.index))
+
+    def _arrivals(self, last: Submission) -> LayerArrivals:
         ends = (*self._groups[1:], self._layers)
         # Of each group the last piece that begins before its end.
         pieces = [max(0, bisect_left(last.firsts, end) - 1) for end in ends]
