@@ -287,7 +287,8 @@ class _BatchLayout:
 def _find_runs(left: npt.NDArray[np.int32], right: npt.NDArray[np.int32], boundary: int) -> bytes:
     """int64 [3, runs]: left firsts, right firsts, counts."""
 
-def _count_runs(left: npt.NDArray[np.int32], right: npt.NDArray[np.int32], boundary: int) -> int: ...
+def _count_runs(left: Sequence[npt.NDArray[np.int32]], right: Sequence[npt.NDArray[np.int32]], boundary: int) -> int:
+    """How many there are in the arrays' pages, one array behind the other."""
 
 class _RestoreCosts:
     """What restoring costs; see mtserve/restore/costs.py."""
@@ -390,8 +391,8 @@ class _DriverQueue:
         self,
         link: _PageLink,
         to_pool: bool,
-        gpu_pages: npt.NDArray[np.int32],
-        host_pages: npt.NDArray[np.int32],
+        gpu_pages: Sequence[npt.NDArray[np.int32]],
+        host_pages: Sequence[npt.NDArray[np.int32]],
         steps: list[int],
         stream: int,
         make_stream: int,

@@ -30,20 +30,36 @@ const int32_t* page_ids(const Buffer& buffer, const char* field) {
     return buffer.data<int32_t>();
 }
 
-// What `find` says of the pages of both sides.
-template <typename Find>
-auto of_runs(Find find, nb::handle left, nb::handle right, int64_t boundary) {
-    const Buffer from(left, "left", PyBUF_FORMAT), to(right, "right", PyBUF_FORMAT);
-    const int32_t* left_ids = page_ids(from, "left");
-    const int32_t* right_ids = page_ids(to, "right");
-    if (from.extent(0) != to.extent(0)) throw invalid_argument("right", "needs as many pages as left");
+// Those of all `arrays`, one after the other.
+std::vector<int32_t> page_list(nb::sequence arrays, const char* field) {
+    std::vector<int32_t> pages;
+    for (const nb::handle array : arrays) {
+        const Buffer buffer(array, field, PyBUF_FORMAT);
+        const int32_t* ids = page_ids(buffer, field);
+        pages.insert(pages.end(), ids, ids + buffer.extent(0));
+    }
+    return pages;
+}
+
+void check_runs(int64_t left, int64_t right, int64_t boundary) {
+    if (left != right) throw invalid_argument("right", "needs as many pages as left");
     if (boundary < 0) throw invalid_argument("boundary", std::to_string(boundary) + " is below 0");
-    return find(left_ids, right_ids, from.extent(0), boundary);
 }
 
 nb::bytes runs(nb::handle left, nb::handle right, int64_t boundary) {
-    const std::vector<int64_t> found = of_runs(find_runs, left, right, boundary);
+    const Buffer from(left, "left", PyBUF_FORMAT), to(right, "right", PyBUF_FORMAT);
+    const int32_t* left_ids = page_ids(from, "left");
+    const int32_t* right_ids = page_ids(to, "right");
+    check_runs(from.extent(0), to.extent(0), boundary);
+    const std::vector<int64_t> found = find_runs(left_ids, right_ids, from.extent(0), boundary);
     return nb::bytes(found.data(), found.size() * sizeof(int64_t));
+}
+
+int64_t number_of_runs(nb::sequence left, nb::sequence right, int64_t boundary) {
+    const std::vector<int32_t> from = page_list(left, "left"), to = page_list(right, "right");
+    const int64_t count = static_cast<int64_t>(from.size());
+    check_runs(count, static_cast<int64_t>(to.size()), boundary);
+    return count_runs(from.data(), to.data(), count, boundary);
 }
 
 std::vector<int64_t> int64s(nb::handle array, const char* field, int64_t count = -1) {
@@ -57,12 +73,6 @@ void queue_batch(DriverQueue& queue, nb::handle to, nb::handle source, nb::handl
     std::vector<int64_t> targets = int64s(to, "to");
     const int64_t count = static_cast<int64_t>(targets.size());
     queue.copy_batch(std::move(targets), int64s(source, "source", count), int64s(sizes, "sizes", count), stream);
-}
-
-std::vector<int32_t> page_list(nb::handle array, const char* field) {
-    const Buffer buffer(array, field, PyBUF_FORMAT);
-    const int32_t* ids = page_ids(buffer, field);
-    return {ids, ids + buffer.extent(0)};
 }
 
 PageLink page_link(uintptr_t pool, int64_t pool_pages, uintptr_t arena, int64_t arena_pages, int64_t layers,
@@ -108,7 +118,7 @@ std::vector<MoveStep> move_steps(const std::vector<int64_t>& words) {
     return steps;
 }
 
-void queue_move(DriverQueue& queue, const PageLink& link, bool to_pool, nb::handle gpu_pages, nb::handle host_pages,
+void queue_move(DriverQueue& queue, const PageLink& link, bool to_pool, nb::sequence gpu_pages, nb::sequence host_pages,
                 const std::vector<int64_t>& steps, uintptr_t stream, uintptr_t make_stream, const PageKernel* kernel) {
     queue.move({link, to_pool, page_list(gpu_pages, "gpu_pages"), page_list(host_pages, "host_pages"), move_steps(steps), stream,
                 make_stream, kernel ? *kernel : PageKernel{}});
@@ -126,9 +136,7 @@ PyType_Slot slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(&get_buffer)}, 
 
 void bind_transfer(nb::module_& module) {
     module.def("_find_runs", &runs, "left"_a, "right"_a, "boundary"_a);
-    module.def("_count_runs",
-               [](nb::handle left, nb::handle right, int64_t boundary) { return of_runs(count_runs, left, right, boundary); },
-               "left"_a, "right"_a, "boundary"_a);
+    module.def("_count_runs", &number_of_runs, "left"_a, "right"_a, "boundary"_a);
     const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
     nb::class_<PageLink>(module, "_PageLink")
         .def("__init__",

@@ -124,9 +124,9 @@ def choose(
     )  # fmt: skip
     found = {RECOMPUTE: (ends[layers], layers)}
     if needs and (costs.link or way != AUTO):
-        splits = range(1, layers) if layout.splits is None else layout.splits
+        splits = range(1, layers) if layout.splits is None else sorted(layout.splits)
         if splits:
-            layer = min(sorted(splits, reverse=True), key=ends.__getitem__)  # the last of equals loads least
+            layer = min(reversed(splits), key=ends.__getitem__)  # the last of equals loads least
             found[SPLIT] = (ends[layer], layer)
         found[LOAD] = (ends[0], 0)
     by_way = {name: end_s + added.get(name, 0.0) for name, (end_s, _) in found.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from mtserve.kernels.cuda.driver import Event
 from mtserve.kernels.cuda.queue import PageLink
 from mtserve.transfer.lane import Lane, Submission
@@ -27,7 +29,7 @@ class Course:
         self._unpacker, self._make_stream = unpacker if self.loads else None, make_stream
         self._steps: list[int] = []
         submission.unpacker = self._unpacker
-        self.pages = len(self._gpu_pages)
+        self.pages = sum(map(len, self._gpu_pages))
 
     def copy(self, begin: int, end: int, layers: Layers) -> None:
         """Copy layers of pages [begin, end)."""
@@ -63,7 +65,7 @@ class Course:
         self.queue()
         lane.queue.hold_back(self._make_stream, copied)
         lane.flush(self._submission)
-        unpacker.unpack(self._gpu_pages[made_from:end], *layers, self._make_stream)
+        unpacker.unpack(np.concatenate(self._gpu_pages)[made_from:end], *layers, self._make_stream)
         made = lane.event()
         lane.queue.record(made, self._make_stream)
         return made

@@ -197,7 +197,7 @@ class CudaMover(Mover):
         job = submission.jobs[0]
         if len(submission.jobs) > 1 or job.error is not None:
             return (0,)
-        groups, run_pages = len(self._groups), self._run_pages(job.copy.gpu_pages, job.copy.host_pages)
+        groups, run_pages = len(self._groups), self._run_pages([job.copy], len(job.copy.gpu_pages))
         while groups > 1 and run_pages * self._page_bytes < GROUPED_PIECE_BYTES * groups:
             groups //= 2
         return layer_groups(self._layers, groups)
@@ -268,14 +268,14 @@ class CudaMover(Mover):
         return size / LINK_BYTES_PER_S
 
     def split_pieces(self, loads: Sequence[Copy]) -> Pieces:
-        gpu_pages = np.concatenate([load.gpu_pages for load in loads])
-        host_pages = np.concatenate([load.host_pages for load in loads])
-        course = split_course(self._layers, len(gpu_pages), self._page_bytes, unpacked=self.unpacker is not None)
-        return Pieces(len(gpu_pages), *course, self._run_pages(gpu_pages, host_pages))
+        pages = sum([len(load.gpu_pages) for load in loads])
+        course = split_course(self._layers, pages, self._page_bytes, unpacked=self.unpacker is not None)
+        return Pieces(pages, *course, self._run_pages(loads, pages))
 
-    def _run_pages(self, gpu_pages: PageIds, host_pages: PageIds) -> float:
-        """Neighbouring pages that one copy takes, in the mean."""
-        return len(gpu_pages) / _core._count_runs(gpu_pages, host_pages, self.chunk_pages)
+    def _run_pages(self, copies: Sequence[Copy], pages: int) -> float:
+        """Neighbouring pages, of so many of copies one behind the other, that one copy of the driver's takes, in the mean."""
+        sides = [copy.gpu_pages for copy in copies], [copy.host_pages for copy in copies]
+        return pages / _core._count_runs(*sides, self.chunk_pages)
 
     def near(self, ticket: int) -> bool:
         lane, submission = self._lanes[LOAD], self._loads.get(ticket)

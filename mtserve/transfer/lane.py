@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from mtserve.cache.index import Copy, PageIds
@@ -14,8 +13,6 @@ from mtserve.errors import TransferFailed
 from mtserve.kernels.cuda.driver import Event
 from mtserve.kernels.cuda.queue import DriverQueue
 from mtserve.transfer.mover import Unpacker
-
-NO_PAGES: PageIds = np.empty(0, dtype=np.int32)
 
 
 @dataclass
@@ -47,11 +44,10 @@ class Submission:
     tickets: list[int] = field(default_factory=list)
     unpacker: Unpacker | None = None
 
-    def pages(self) -> tuple[PageIds, PageIds]:
-        """Pages of the pool and their twins of the arena, job after job, but those of jobs that are to fail."""
+    def pages(self) -> tuple[list[PageIds], list[PageIds]]:
+        """Pages of the pool and their twins of the arena, of each job but those that are to fail."""
         good = [job.copy for job in self.jobs if job.error is None]
-        gpu_pages = np.concatenate([NO_PAGES, *(copy.gpu_pages for copy in good)])
-        return gpu_pages, np.concatenate([NO_PAGES, *(copy.host_pages for copy in good)])
+        return [copy.gpu_pages for copy in good], [copy.host_pages for copy in good]
 
     def fail(self, kind: str, failure: Exception) -> None:
         """None of the jobs succeeds; what was known against one before stays."""

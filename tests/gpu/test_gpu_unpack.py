@@ -226,7 +226,7 @@ def test_the_thread_of_a_queue_makes_the_same(format: str, count: int) -> None:
         layer_bytes=case.shape.layer_bytes, chunk_pages=0, strided_bytes=0,
     )  # fmt: skip
     steps, streams = [0, 0, 1, 3, copied.handle, 0, count, made.handle], (copying.cuda_stream, making.cuda_stream)
-    queue.move(link, True, case.pages, case.pages, steps, *streams, kernel.for_queues())
+    queue.move(link, True, [case.pages], [case.pages], steps, *streams, kernel.for_queues())
     ticket = queue.submit()
     queue.wait(ticket)
     assert queue.take_error(ticket) is None

@@ -197,7 +197,8 @@ class Sides:
 
     def move(self, driver: Driver, steps: list[int], *, to_pool: bool = True, pages: Pages = ([1, 2, 3, 7], [4, 5, 6, 9])) -> None:  # fmt: skip
         ids = [np.array(each, dtype=np.int32) for each in pages]
-        driver.queue.move(self.link, to_pool, *ids, steps, STREAM, MAKE_STREAM, kernel())
+        parts = ([each[:1], each[1:]] for each in ids)
+        driver.queue.move(self.link, to_pool, *parts, steps, STREAM, MAKE_STREAM, kernel())
         for each in ids:
             each[:] = 0  # they were copied
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtserve import _core
 from mtserve.cache.index import Copy
 from mtserve.errors import ResourceExhausted, TransferFailed
 from mtserve.transfer.arena import HostArena
@@ -30,6 +31,8 @@ def _ids(values: list[int]) -> npt.NDArray[np.int32]:
 def _runs(left: list[int], right: list[int], boundary: int = 0) -> Pieces:
     arrays = runs(_ids(left), _ids(right), boundary)
     assert {each.dtype for each in arrays} == {np.dtype(np.int64)}
+    parts = ([_ids(each[:3]), _ids(each[3:])] for each in (left, right))
+    assert _core._count_runs(*parts, boundary) == len(arrays[0])
     return list(zip(*(each.tolist() for each in arrays), strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -56,16 +57,16 @@ class DriverQueue:
         self,
         link: PageLink,
         to_pool: bool,
-        gpu_pages: npt.NDArray[np.int32],
-        host_pages: npt.NDArray[np.int32],
+        gpu_pages: Sequence[npt.NDArray[np.int32]],
+        host_pages: Sequence[npt.NDArray[np.int32]],
         steps: list[int],
         stream: int,
         make_stream: int = 0,
         kernel: PageKernel | None = None,
     ) -> None:
-        """Add copies of pages between the two sides of `link`, whose twins lie at the same place of both arrays.
+        """Add copies of pages between the two sides of `link`, whose twins lie at the same place of both lists of arrays.
 
-        `steps`, eight numbers each: copy layers [first, last) of pages [begin, end) of the arrays, then have the event
+        `steps`, eight numbers each: copy layers [first, last) of pages [begin, end) of all arrays, then have the event
         `copied`, unless it is 0, mark where `stream` stands. Where the event `made` is not 0, `make_stream` waits for that
         and runs `kernel` over the same layers of pages [make begin, make end), and `made` marks where it stands: begin, end,
         first, last, copied, make begin, make end, made. Raises InvalidArgument for what there is not, and adds nothing then.
