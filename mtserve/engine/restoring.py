@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mtserve.cache.index import Load, TieredIndex
 from mtserve.config import EngineConfig
@@ -16,8 +16,7 @@ from mtserve.restore.watch import PredictionWatch
 from mtserve.transfer.mover import LOAD, Arrivals, Finished, Mover, Pieces
 
 
-@dataclass(frozen=True)
-class Restored:
+class Restored(NamedTuple):
     """How a batch begins: layers from `choice.first_layer` on of `loads` come over the link, the others are encoded.
 
     `cached`: of each user of `loads`, tokens whose states the device had; `arrivals`: what the later layers wait for.

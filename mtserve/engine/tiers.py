@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +37,7 @@ from mtserve.units import parse_capacity
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Reservation:
+class Reservation(NamedTuple):
     """A batch's pages. int32; row b is slot b: `cached` and `stored` [B], `page_table` [B, W].
 
     The page table is read while the batch is planned, and belongs to the next one after that.

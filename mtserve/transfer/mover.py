@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -29,8 +28,7 @@ Fault = Callable[[str], None]
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """One job that came to its end, and how it went. `error` is None on success."""
 
     kind: str

@@ -31,6 +31,14 @@ _REGISTER_PORTABLE = 1  # pinned for every context, not the current one alone
 _EVENT_WAIT_EXTERNAL = 1
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
 
+# Of the calls that every batch makes many of: plain integers are given to them sooner than made objects of ctypes.
+_ARGUMENTS = {
+    "cuCtxSetCurrent": (ctypes.c_void_p,),
+    "cuEventQuery": (ctypes.c_void_p,),
+    "cuEventRecord": (ctypes.c_void_p, ctypes.c_void_p),
+    "cuStreamWaitEvent": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint),
+}
+
 Addresses = npt.NDArray[np.int64]
 
 
@@ -67,7 +75,9 @@ def _library(*, keeps_lock: bool = False) -> ctypes.CDLL:
 
 @cache
 def _function(name: str, keeps_lock: bool) -> Any:
-    return getattr(_library(keeps_lock=keeps_lock), name)
+    function = getattr(_library(keeps_lock=keeps_lock), name)
+    function.argtypes = _ARGUMENTS.get(name)
+    return function
 
 
 @cache
@@ -127,7 +137,7 @@ def current_context() -> int:
 
 def use_context(context: int) -> None:
     """Make `context` current in this thread; a thread that has not called CUDA yet has none."""
-    queue_call("cuCtxSetCurrent", ctypes.c_void_p(context))
+    queue_call("cuCtxSetCurrent", context)
 
 
 class OwnStream:
@@ -163,19 +173,18 @@ class Event:
 
     def record(self, stream: int) -> None:
         """Mark where the stream stands."""
-        queue_call("cuEventRecord", self._handle, ctypes.c_void_p(stream))
+        queue_call("cuEventRecord", self.handle, stream)
 
     def hold_back(self, stream: int, *, external: bool = False) -> None:
         """What is queued on `stream` from now on waits for what the event marks now.
 
         `external`: `stream` is being captured, and the graph waits at each launch for what the event marks then.
         """
-        flags = ctypes.c_uint(_EVENT_WAIT_EXTERNAL if external else 0)
-        queue_call("cuStreamWaitEvent", ctypes.c_void_p(stream), self._handle, flags)
+        queue_call("cuStreamWaitEvent", stream, self.handle, _EVENT_WAIT_EXTERNAL if external else 0)
 
     def passed(self) -> bool:
         """Whether the device has come to where the event was recorded last."""
-        code = _function("cuEventQuery", True)(self._handle)
+        code = _function("cuEventQuery", True)(self.handle)
         if code == _NOT_READY:
             return False
         _check("cuEventQuery", code)
