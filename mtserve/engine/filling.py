@@ -45,7 +45,7 @@ class Slot:
     @property
     def again(self) -> bool:
         """Whether all of its jobs had batches before: parts of their prefix, or one whose load failed."""
-        return all(job.begun for job in self.jobs)
+        return self.jobs[0].begun and all(job.begun for job in self.jobs)
 
 
 class Filling:

@@ -184,7 +184,7 @@ class Tiers:
         self._note_evictions()
         pages = sum([-(-tokens // self._page_tokens) for tokens in stored.tolist()])
         self._reserved_pages += pages
-        loads = tuple(ticket for ticket in map(self._transfers.loading, users) if ticket is not None)
+        loads = self._transfers.loads_of(users)
         if restored is not None and restored.loads:
             arrivals = restored.arrivals
         else:

@@ -59,6 +59,11 @@ class Transfers:
         """Ticket of the load under way that brings the user's present states."""
         return self._loading.get(user_id)
 
+    def loads_of(self, users: Sequence[str]) -> tuple[int, ...]:
+        """Tickets of such loads of any of these users."""
+        loading = self._loading
+        return tuple([loading[user] for user in users if user in loading]) if loading else ()
+
     def disown(self, user_id: str | None) -> None:
         """What loads under way bring of this user, or of all, belongs to no later batch."""
         if user_id is None:

@@ -63,11 +63,13 @@ class WriteBack:
         """
         stores: list[Store] = []
         waiting: list[str] = []
-        if self._wait_s() > 0:
+        if self._grown and self._wait_s() > 0:
             begun, late = self._index.begin_stores(list(self._grown), tail=False, pages=pages)
             stores, waiting = begun, list(late)
         self._grown = dict.fromkeys(waiting)
         due = self._due()
+        if not due:
+            return stores, bool(waiting)
         pages -= sum(len(store.gpu_pages) for store in stores)
         whole, late = self._index.begin_stores(due, tail=True, pages=pages)
         covered = {store.user: store.tokens - store.first_token for store in whole}
