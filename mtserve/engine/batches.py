@@ -59,11 +59,12 @@ class Batches:
         try:
             if self._tiers is not None and slots[0].keep:
                 reservation = self._tiers.reserve(slots)
-                crowded = self._crowded(slots, reservation)
+                crowded = self._crowded(slots, reservation) if parts else None
                 if crowded is not None:
                     self._tiers.release(reservation, slots, success=False)
                     return self.launch([slot for slot in slots if slot is not crowded])
-            self._metrics.count("spare_requests_total", sum(len(slot.jobs) for slot in slots if not slot.keep))
+            if not slots[-1].keep:  # those that are kept come first
+                self._metrics.count("spare_requests_total", sum(len(slot.jobs) for slot in slots if not slot.keep))
             early = self._start_early(slots, reservation)
             plan = self.served.planner.plan(slots, reservation, runner.room)
             # A part that found no pages was planned whole: its jobs, which `take` left queued, are answered now.
@@ -87,7 +88,7 @@ class Batches:
 
         Its jobs, which are still queued, are considered again with the next batch.
         """
-        if len(slots) == 1 or not any(slot.partial for slot in slots):
+        if len(slots) == 1:
             return None
         rows, crowded = 0, None
         for slot, cached, stored in zip(slots, reservation.cached.tolist(), reservation.stored.tolist(), strict=True):

@@ -51,7 +51,7 @@ class Transfers:
             under_way[ticket] = Transfer(user, moved, now, -(-tokens // page_tokens))
             size += moved
         if kind == LOAD:
-            self._loading.update((copy.user, copy.ticket) for copy in copies)
+            self._loading.update([(copy.user, copy.ticket) for copy in copies])
         self._open_bytes[kind] += size
         self._metrics.count_many(((f"{kind}s_in_flight", len(copies), ""), (f"{kind}_bytes_in_flight", size, "")))
 
@@ -91,7 +91,8 @@ class Transfers:
             if not done:
                 continue
             transfers = [self._open[kind].pop(each.ticket) for each in done]
-            self._stuck.difference_update(each.ticket for each in done)
+            if self._stuck:
+                self._stuck.difference_update([each.ticket for each in done])
             failed = [t for t, each in zip(transfers, done, strict=True) if each.error is not None]
             self._count(kind, now, transfers, failed)
             if not self._open[kind]:
@@ -133,7 +134,7 @@ class Transfers:
         return self._open_bytes[kind] - sum(stuck) if self._stuck else self._open_bytes[kind]
 
     def _count(self, kind: str, now: float, ended: Sequence[Transfer], failed: Sequence[Transfer]) -> None:
-        size = sum(transfer.bytes for transfer in ended)
+        size = sum([transfer.bytes for transfer in ended])
         self._open_bytes[kind] -= size
         self._metrics.count_many(
             (
@@ -141,7 +142,7 @@ class Transfers:
                 (f"{kind}_bytes_in_flight", -size, ""),
                 (f"{kind}s_total", len(ended) - len(failed), ""),
                 (f"{kind}s_failed_total", len(failed), ""),
-                (f"{kind}_bytes_total", size - sum(transfer.bytes for transfer in failed), ""),
+                (f"{kind}_bytes_total", size - sum([transfer.bytes for transfer in failed]), ""),
             )
         )
         self._metrics.observe_many(f"{kind}_seconds", [max(0.0, now - transfer.began) for transfer in ended])
