@@ -71,7 +71,7 @@ class NullRunner(GraphRunner):
         self._stack: Any = NullStack(model.config.heads, model.config.head_dim)
         self._metadata, self._early = Metadata(capacity, cpu), Metadata(capacity, cpu)
         self._logits = torch.zeros(capacity.rows, tasks)
-        self._answers = [(torch.zeros(capacity.rows, tasks), Event()) for _ in range(2)]
+        self._answers = [(torch.zeros(capacity.rows, tasks).numpy(), Event()) for _ in range(2)]
         self._waits = LayerWaits(groups)
         self._gates = [Gates(self._waits, groups) for _ in range(2)]
         self._copy, self._context = _null_copy(), current_context()

@@ -84,7 +84,8 @@ class GraphRunner:
             self._heads = TaskHeads(model)
             self._metadata, self._early = Metadata(capacity, model.device), Metadata(capacity, model.device)
             self._logits = torch.zeros(capacity.rows, tasks, dtype=torch.float32, device=model.device)
-            self._answers = [(torch.zeros(capacity.rows, tasks, pin_memory=True), Event()) for _ in range(2)]
+            # The arrays are views of pinned memory.
+            self._answers = [(torch.zeros(capacity.rows, tasks, pin_memory=True).numpy(), Event()) for _ in range(2)]
             groups = layer_groups(model.config.layers)
             self._waits = LayerWaits(groups)
             self._gates = [Gates(self._waits, groups) for _ in range(2)]
@@ -150,8 +151,8 @@ class GraphRunner:
         self._launch(part, stream)
         self._answers.reverse()
         pinned, done = self._answers[0]
-        logits = pinned[: plan.candidates].numpy()
-        self._copy.run(pinned.data_ptr(), self._logits.data_ptr(), logits.nbytes, stream)
+        logits = pinned[: plan.candidates]
+        self._copy.run(pinned.ctypes.data, self._logits.data_ptr(), logits.nbytes, stream)
         done.record(stream)
         return Launched(logits, done, gates)
 
