@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtserve.cli.flags import add_config_file, add_fields, build, check_writable, given, make_parser, tables_of
+from mtserve.cli.interpreter import share_often
 from mtserve.cli.models import add_model, load_model
 from mtserve.config import EngineConfig
 
@@ -52,6 +53,7 @@ def run(words: list[str]) -> int:
     from mtserve.trace.replay.runs import replay
     from mtserve.trace.replay.summary import summarise
 
+    share_often()
     check_writable(args.json, "json")
     if args.report:
         require_matplotlib()

@@ -13,6 +13,8 @@ SAMPLES = 32
 BELIEVED_S = 1.0
 # Batches through which a line is drawn, at most, and at least in each of the outer thirds.
 LINE_SAMPLES, FEWEST_OF_THIRD = 128, 3
+# The line is drawn again once a share of its batches is new: sorting them takes as long as planning one.
+NEW_SHARE = 1 / 8
 
 
 class Line(NamedTuple):
@@ -35,7 +37,7 @@ class Pace:
         self._batches = 0
         self._last_landed = float("-inf")
         self._sizes: deque[tuple[int, float]] = deque(maxlen=LINE_SAMPLES)  # tokens and seconds
-        self._line: Line | None = None  # through these, once it was asked for
+        self._line, self._line_until = Line(), 0  # through these, as good as new before so many batches
 
     def landed(self, began: float, now: float, tokens: int) -> None:
         """Note a batch of `tokens` rows. Where batches overlap, its time counts from the landing before it."""
@@ -47,7 +49,6 @@ class Pace:
             self._batches += 1
             self._samples.append((self._batches, now, rate))
             self._sizes.append((tokens, seconds))
-            self._line = None
         self._last_landed = now
 
     def token_s(self, now: float) -> float:
@@ -59,8 +60,9 @@ class Pace:
 
     def line(self) -> Line:
         """What batches of late took by their tokens."""
-        if self._line is None:
+        if self._batches >= self._line_until:
             self._line = resistant_line(self._sizes)
+            self._line_until = self._batches + max(1, int(NEW_SHARE * len(self._sizes)))
         return self._line
 
 

@@ -38,8 +38,9 @@ class Passing:
         return max(known_s, self._pace.line().batch_s)
 
     def _longer_s(self, sequence: UserSequence, first: int, last: int, token_s: float) -> float:
-        costs, line = self._costs, self._pace.line()
+        costs = self._costs
         if costs is None:
+            line = self._pace.line()
             # Of larger batches than were seen, a line through small ones says nothing.
             return (last - first) * (line.token_s if last - first <= line.known_tokens else token_s)
         rows, pairs = user_work(first, last, 0, sequence.groups.frozen if self._frozen_sees_all else 0)

@@ -66,10 +66,10 @@ GPUS = {
     "h200": GpuFigures(
         name="NVIDIA H200",
         source="benchmarks/results/forward.json, restore.json and gpu_format.json: bfloat16, PCIe 5 x16, 16 cores",
-        date="2026-11-22",
+        date="2026-11-23",
         layer_s=2.3e-05, product_s=2.3e-15, attention_s=1.59e-15, fp8_attention=1.38,
-        batch_s=4.61e-04, request_s=3.96e-05, plan_row_s=3.7e-08,
-        link_bytes_per_s=48e9, load_s=6e-4, unpack_s=3e-12, error=0.088,
+        batch_s=3.16e-04, request_s=3.09e-05, plan_row_s=2.34e-08,
+        link_bytes_per_s=52.6e9, load_s=4e-4, unpack_s=2.5e-12, error=0.049,
     ),
 }  # fmt: skip
 

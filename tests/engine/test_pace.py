@@ -50,6 +50,23 @@ def line_through(seconds: Callable[[int], float], sizes: Iterable[int]) -> Line:
     return pace.line()
 
 
+def test_the_line_follows_batches_an_eighth_of_its_own_number_late() -> None:
+    pace, now = Pace(), 0.0
+
+    def land(count: int, scale: float) -> None:
+        nonlocal now
+        for tokens in range(100, 100 + 10 * count, 10):
+            began, now = now, now + scale * (0.5 + 0.001 * tokens)
+            pace.landed(began, now, tokens)
+
+    land(LINE_SAMPLES, 1.0)
+    assert np.isclose(pace.line().batch_s, 0.5)
+    land(LINE_SAMPLES // 8 - 1, 1000.0)
+    assert np.isclose(pace.line().batch_s, 0.5)
+    land(LINE_SAMPLES, 2.0)
+    assert np.isclose(pace.line().batch_s, 1.0)
+
+
 def test_what_a_batch_takes_however_small_is_told_from_batches_of_different_sizes() -> None:
     sizes = [*range(100, 400, 10)]
     batch_s, token_s, known_tokens = line_through(lambda tokens: 0.5 + 0.001 * tokens, sizes)
