@@ -51,33 +51,32 @@ FAR_OFF = 0.25  # of the measured requests/s
 class Replay:
     """How gpu_check.py ran one replay; what is not named here is the engine's own."""
 
-    users: int
-    requests: int
     gpu_cache: str
     host_cache: str = "100%"
     restore: str = "auto"
     host_format: str = "kv"
 
-    @property
-    def trace(self) -> GeneratorConfig:
-        return GeneratorConfig(users=self.users, requests=self.requests, seed=SEED)
-
     def engine(self, batch: int) -> EngineConfig:
         return EngineConfig(max_batch_requests=batch, restore=self.restore, host_format=self.host_format)
 
 
-RETURNING, RESTORING = (40, 4000, "10%"), (160, 4000, "10%")
 REPLAYS = {
-    "generated 25%ws": Replay(200, 2000, "25%"),
-    "restoring 10%ws": Replay(*RESTORING),
-    "restoring 10%ws load": Replay(*RESTORING, restore="load"),
-    "restoring 10%ws x8": Replay(*RESTORING, host_format="x8"),
-    "restoring 10%ws x8 load": Replay(*RESTORING, restore="load", host_format="x8"),
-    "restoring 10%ws x4": Replay(*RESTORING, host_format="x4"),
-    "returning 10%ws load": Replay(*RETURNING, restore="load"),
-    "returning 10%ws, host 100%ws": Replay(*RETURNING),
-    "returning 10%ws, no host": Replay(*RETURNING, host_cache="0"),
+    "generated 25%ws": Replay("25%"),
+    "restoring 10%ws": Replay("10%"),
+    "restoring 10%ws load": Replay("10%", restore="load"),
+    "restoring 10%ws x8": Replay("10%", host_format="x8"),
+    "restoring 10%ws x8 load": Replay("10%", restore="load", host_format="x8"),
+    "restoring 10%ws x4": Replay("10%", host_format="x4"),
+    "returning 10%ws load": Replay("10%", restore="load"),
+    "returning 10%ws, host 100%ws": Replay("10%"),
+    "returning 10%ws, no host": Replay("10%", host_cache="0"),
 }
+
+
+def trace_config(measured: dict[str, Any]) -> GeneratorConfig:
+    """Of the trace that a replay has answered."""
+    made = measured["trace"]["config"]
+    return GeneratorConfig(users=made["users"], requests=made["requests"], seed=made["seed"])
 
 
 def foretell(replay: Replay, trace: Trace, batch: int) -> dict[str, Any]:
@@ -148,9 +147,10 @@ def main() -> None:
     traces, rows = {}, {}
     with Phases() as phases:
         for done, (name, replay) in enumerate(REPLAYS.items(), 1):
-            if replay.trace not in traces:
-                traces[replay.trace] = generate(replay.trace)
-            rows[name] = compared(replay, traces[replay.trace], measured["replays"][name])
+            config = trace_config(measured["replays"][name])
+            if config not in traces:
+                traces[config] = generate(config)
+            rows[name] = compared(replay, traces[config], measured["replays"][name])
             phases("replays foretold", done, len(REPLAYS))
     heads = " ".join(f"{f'batches of {batch}':>13}" for batch in BATCHES)
     print(f"{'requests/s':<30} {'measured':>9} {'at median':>9} {heads}  given   p50, alone   found foretold, measured")

@@ -112,6 +112,8 @@ class GraphRunner:
         )  # fmt: skip
         with torch.cuda.device(self._model.device):
             for bucket, kinds in groupby(keys, lambda key: key.rows):
+                for metadata in 2 * (self._metadata, self._early):
+                    metadata.room(bucket)  # the views of both turns are made now
                 device, pinned, size = self._metadata.nothing(bucket)
                 self._copy.run(device.data_ptr(), pinned.data_ptr(), size, stream)
                 for key in kinds:

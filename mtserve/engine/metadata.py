@@ -6,6 +6,7 @@ batch does not fill says "nothing here": limit 0, no target, no splits, tiles of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ class Section:
 
     @property
     def last(self) -> int:
-        return self.first + int(np.prod(self.shape))
+        return self.first + math.prod(self.shape)
 
 
 class Host(NamedTuple):

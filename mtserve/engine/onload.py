@@ -26,7 +26,7 @@ class Onload:
     ) -> None:
         self._index, self.mover, self._transfers, self._metrics = index, mover, transfers, metrics
         self._page_tokens = config.page_tokens
-        self._page_bytes = mover.pool[:1].nbytes
+        self._pool_pages, self._page_bytes = len(mover.pool), mover.pool[:1].nbytes
         self._restore = config.restore
         self._failed: set[str] = set()  # users whose loads failed since the last `plan`
         self._window: dict[str, int] = {}  # users whose turn is near enough to load them -> pages kept for each
@@ -203,7 +203,7 @@ class Onload:
 
     def _window_of(self, jobs: Sequence[Job], reserved_pages: int) -> dict[str, int]:
         # Where nothing but a load brings what the host has, states that find no pages are dear.
-        waits, room = self._restore == "load", len(self.mover.pool) - reserved_pages
+        waits, room = self._restore == "load", self._pool_pages - reserved_pages
         idle = not reserved_pages and not (waits and self._transfers.moving)
         held = self._transfers.held()
         return open_window(jobs, room, self._page_tokens, held, idle=idle, wait_for_copies=waits)

@@ -92,7 +92,7 @@ class Tiers:
         self._onload = Onload(index, mover, self._transfers, config, metrics, pace)
         self._counts = TierCounts(index, metrics, footprint)
         self._counts.update()
-        self._has_host = len(mover.arena) > 0
+        self._arena_pages = len(mover.arena)
         self._config = config
         self.restoring: Restoring | None = None  # None: batches do not decide how states come back
         self._unpackers: list[Unpacker] = []  # that were replaced, and that loads under way may still run
@@ -213,7 +213,7 @@ class Tiers:
             self.restoring.end(reservation.restored, success=success)
         spoiled = self.index.end_batch(reservation.ticket, success)
         self._reserved_pages -= reservation.pages
-        if success and self._has_host:
+        if success and self._arena_pages:
             self._write_back.grew([slot.user_id for slot in slots if slot.keep])
         self._poison_freed()
         return spoiled
@@ -244,7 +244,7 @@ class Tiers:
         # Half of the host tier at most: the pages of copies under way cannot make room for others.
         most = min(self._queue_pages, -(-self._counts.host_pages // 2))
         room = most - self._transfers.moving_bytes(STORE) // self._page_bytes
-        grows = self._counts.host_pages < len(self.mover.arena)
+        grows = self._counts.host_pages < self._arena_pages
         stores, deferred = self._write_back.begin(room, host_grows=grows)
         if deferred and not self._deferred:
             self._metrics.count("write_backs_deferred_total")
