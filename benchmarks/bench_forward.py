@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mtserve.config import ModelConfig  # noqa: E402
-from mtserve.engine.batch import BatchPlan, BatchSize  # noqa: E402
-from mtserve.engine.metadata import Capacity, Metadata, bucket_rows  # noqa: E402
-from mtserve.engine.stack import Stack  # noqa: E402
+from mtserve.engine.forward.batch import BatchPlan, BatchSize  # noqa: E402
+from mtserve.engine.forward.metadata import Capacity, Metadata, bucket_rows  # noqa: E402
+from mtserve.engine.forward.stack import Stack  # noqa: E402
 from mtserve.kernels.backend import load_kernels  # noqa: E402
 from mtserve.kernels.plan import HostPlan, KernelPlan  # noqa: E402
 from mtserve.model.mask import Groups, visible_limits  # noqa: E402

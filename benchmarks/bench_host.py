@@ -32,8 +32,8 @@ from bench_loop import NEW, Traffic  # noqa: E402
 from restore_case import Case, Turns  # noqa: E402
 
 from mtserve import Engine, EngineConfig, _core  # noqa: E402
-from mtserve.engine.batch import BatchArrays, BatchSize, tile_capacity  # noqa: E402
-from mtserve.engine.graphs import GraphRunner  # noqa: E402
+from mtserve.engine.forward.batch import BatchArrays, BatchSize, tile_capacity  # noqa: E402
+from mtserve.engine.forward.graphs import GraphRunner  # noqa: E402
 from mtserve.kernels.token_embedding.batch import TILE_TOKENS  # noqa: E402
 from mtserve.model.presets import build, default_schema  # noqa: E402
 from mtserve.model.tokeniser import GAP_THRESHOLDS_MS  # noqa: E402

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from mtserve.engine import core, runners, served, setup
-from mtserve.engine.gates import Gates, LayerWaits
-from mtserve.engine.graph_key import GraphKey
-from mtserve.engine.graphs import GraphRunner
-from mtserve.engine.metadata import Capacity, Metadata
+from mtserve.engine import core, served, setup
+from mtserve.engine.forward import runners
+from mtserve.engine.forward.gates import Gates, LayerWaits
+from mtserve.engine.forward.graph_key import GraphKey
+from mtserve.engine.forward.graphs import GraphRunner
+from mtserve.engine.forward.metadata import Capacity, Metadata
 from mtserve.kernels.cuda import driver
 from mtserve.kernels.cuda.driver import Event, Function, current_context
 from mtserve.kernels.cuda.graph import Graph

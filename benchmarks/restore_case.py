@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mtserve import Engine, EngineConfig  # noqa: E402
-from mtserve.engine.footprint import Footprint, packed_format  # noqa: E402
 from mtserve.engine.setup import DTYPES, page_shape  # noqa: E402
+from mtserve.engine.tiers.footprint import Footprint, packed_format  # noqa: E402
 from mtserve.model.presets import default_schema, preset  # noqa: E402
 from mtserve.model.ranking import RankingModel  # noqa: E402
 from mtserve.model.weights import initialise  # noqa: E402

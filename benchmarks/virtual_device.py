@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mtserve.cache.index import Copy
-from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
+from mtserve.engine.forward.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
 from mtserve.model.presets import preset
 from mtserve.restore.costs import Costs
 from mtserve.restore.gpus import GpuFigures

@@ -24,7 +24,7 @@ from virtual_device import VirtualClock, VirtualMachine, VirtualMover, VirtualRu
 
 from mtserve.config import EngineConfig
 from mtserve.engine.engine import Engine
-from mtserve.engine.job import Job
+from mtserve.engine.request.job import Job
 from mtserve.history.memory import MemoryHistory
 from mtserve.model.presets import default_schema, preset
 from mtserve.model.ranking import RankingModel
@@ -133,7 +133,7 @@ def all_wait() -> Iterator[None]:
     def waits(*_: Any) -> _Waits:
         return _Waits()
 
-    onload = "mtserve.engine.onload."
+    onload = "mtserve.engine.tiers.onload."
     with patch(onload + "Passing", waits), patch(onload + "in_turn", as_they_came):
         yield
 

@@ -1,5 +1,5 @@
 """The C++ core: the tiered index, what plans a batch, a simulation of the tiers, and host memory. Names with an
-underscore are reached through the modules that document them: `mtserve.cache.index`, `mtserve.kernels.attention.work`, `mtserve.engine.planner`.
+underscore are reached through the modules that document them: `mtserve.cache.index`, `mtserve.kernels.attention.work`, `mtserve.engine.forward.planner`.
 
 Every function raises `mtserve.errors.InvalidArgument` on a malformed argument.
 """
@@ -256,7 +256,7 @@ class _GapBuckets:
     def find(self, gaps: npt.NDArray[np.int64], out: npt.NDArray[np.int32]) -> None: ...
 
 class _BatchLayout:
-    """Lays batches out; `mtserve.engine.batch.BatchArrays` says what it writes."""
+    """Lays batches out; `mtserve.engine.forward.batch.BatchArrays` says what it writes."""
 
     def __init__(
         self,

@@ -17,14 +17,14 @@ from small_models import START_MS, make_behaviours, make_candidates, make_featur
 
 from mtserve.cache.index import Copy
 from mtserve.config import EngineConfig
-from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
 from mtserve.engine.engine import Engine
-from mtserve.engine.footprint import Footprint, packed_format
-from mtserve.engine.pace import Line
-from mtserve.engine.runner import BatchRunner
-from mtserve.engine.runner import Pending as PendingBatch
+from mtserve.engine.forward.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
+from mtserve.engine.forward.runner import BatchRunner
+from mtserve.engine.forward.runner import Pending as PendingBatch
+from mtserve.engine.queue.pace import Line
 from mtserve.engine.served import Served
 from mtserve.engine.setup import DTYPES, page_shape
+from mtserve.engine.tiers.footprint import Footprint, packed_format
 from mtserve.errors import TransferFailed
 from mtserve.history.store import HistoryStore
 from mtserve.model.ranking import RankingModel

@@ -101,6 +101,32 @@ def test_rooms_are_found() -> None:
     assert _rooms_entered(PACKAGE / "cli" / "simulate.py") >= {"generator", "simulate"}
 
 
+# The engine's rooms from the ground up; what lies in `engine` itself may use all of them.
+FLOORS = ("request", "queue", "tiers", "forward", "")
+
+
+def _floor(module: str) -> int | None:
+    """Place in FLOORS of a module of the engine; None for others."""
+    parts = module.split(".")
+    if parts[:2] != ["mtserve", "engine"] or len(parts) < 3:
+        return None
+    return FLOORS.index(parts[2]) if (PACKAGE / "engine" / parts[2]).is_dir() else FLOORS.index("")
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "engine").rglob("*.py")), ids=_name)
+def test_rooms_of_the_engine_import_from_below(path: Path) -> None:
+    own = _floor(_name(path))
+    above = [name for name in _imported(path) if own is not None and (_floor(name) or 0) > own]
+    assert not above, _name(path)
+
+
+def test_floors_are_found() -> None:
+    rooms = {path.name for path in (PACKAGE / "engine").iterdir() if (path / "__init__.py").exists()}
+    assert rooms == set(FLOORS) - {""}
+    assert _floor("mtserve.engine.forward.graphs") == 3 and _floor("mtserve.engine.core") == 4
+    assert _floor("mtserve.engine") is None and _floor("mtserve.cache.index") is None
+
+
 @pytest.mark.parametrize("layer", ["cache", "history", "proto", "restore"])
 def test_layers_without_torch(layer: str) -> None:
     for path in (PACKAGE / layer).rglob("*.py"):

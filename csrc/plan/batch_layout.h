@@ -56,7 +56,7 @@ struct BatchRequest {
     Int32s page_table;                  // [slots, pages]; without data: no slot has any
 };
 
-// As documented in mtserve/engine/batch.py; capacities may exceed the batch.
+// As documented in mtserve/engine/forward/batch.py; capacities may exceed the batch.
 struct BatchOut {
     Int32s slots, page_table, limit, group, target, tiles, row, source, position, bucket;
     uint8_t* raw;

@@ -10,7 +10,7 @@ namespace mtserve {
 
 namespace {
 
-constexpr int kMaxLoads = 2;  // as mtserve.engine.onload.MAX_LOADS
+constexpr int kMaxLoads = 2;  // as mtserve.engine.tiers.onload.MAX_LOADS
 constexpr int64_t kMaxUsers = INT32_MAX;
 
 int64_t checked_users(int64_t users) {
@@ -135,7 +135,7 @@ int32_t Simulation::bring(const Job& job, int& loads, int32_t& loaded_from, doub
     }
 }
 
-// How far the next batch encodes: as mtserve.engine.scheduler decides for a batch of this job alone.
+// How far the next batch encodes: as mtserve.engine.queue.scheduler decides for a batch of this job alone.
 int32_t Simulation::part_end(const Job& job, int32_t cached) const {
     const int32_t whole = job.history.size;
     const bool cold = job.prefetch || whole - cached > limits_.cold_after;

@@ -6,9 +6,9 @@ from concurrent.futures import Future
 
 from mtserve.config import EngineConfig
 from mtserve.engine.checks import check_request
-from mtserve.engine.job import Job, make_job
-from mtserve.engine.sequence import UserSequence
-from mtserve.engine.sequences import SequenceCache
+from mtserve.engine.request.job import Job, make_job
+from mtserve.engine.request.sequence import UserSequence
+from mtserve.engine.request.sequences import SequenceCache
 from mtserve.errors import DeadlineExceeded, InvalidArgument, MtserveError, NotFound, ResourceExhausted, Unavailable
 from mtserve.metrics import Metrics
 from mtserve.model.schema import FeatureSchema

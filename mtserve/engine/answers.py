@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mtserve.engine.batch import BatchPlan
-from mtserve.engine.job import Job
+from mtserve.engine.forward.batch import BatchPlan
+from mtserve.engine.request.job import Job
 from mtserve.errors import CorruptState
 from mtserve.metrics import Metrics
 from mtserve.types import Clock, ScoreResult

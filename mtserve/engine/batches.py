@@ -9,17 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 from mtserve.engine.answers import Answers
-from mtserve.engine.batch import BatchPlan, EarlyLayers
-from mtserve.engine.filling import Slot
 from mtserve.engine.flight import Flight
-from mtserve.engine.onload import MAX_LOADS
-from mtserve.engine.pace import Pace
-from mtserve.engine.restoring import Restored
-from mtserve.engine.runner import Done
-from mtserve.engine.scheduler import Scheduler
+from mtserve.engine.forward.batch import BatchPlan, EarlyLayers
+from mtserve.engine.forward.runner import Done
+from mtserve.engine.queue.filling import Slot
+from mtserve.engine.queue.pace import Pace
+from mtserve.engine.queue.scheduler import Scheduler
 from mtserve.engine.served import Served
 from mtserve.engine.stopwatch import Stopwatch
-from mtserve.engine.tiers import Reservation, Tiers
+from mtserve.engine.tiers.onload import MAX_LOADS
+from mtserve.engine.tiers.restoring import Restored
+from mtserve.engine.tiers.tiers import Reservation, Tiers
 from mtserve.metrics import Metrics
 from mtserve.types import Clock
 

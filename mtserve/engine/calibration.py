@@ -24,12 +24,12 @@ import torch
 
 from mtserve import __version__
 from mtserve.config import EngineConfig
-from mtserve.engine.filling import Slot
-from mtserve.engine.job import make_job
-from mtserve.engine.planner import Planner
-from mtserve.engine.runner import BatchRunner
-from mtserve.engine.sequence import SequenceBuilder
-from mtserve.engine.tiers import Reservation
+from mtserve.engine.forward.planner import Planner
+from mtserve.engine.forward.runner import BatchRunner
+from mtserve.engine.queue.filling import Slot
+from mtserve.engine.request.job import make_job
+from mtserve.engine.request.sequence import SequenceBuilder
+from mtserve.engine.tiers.tiers import Reservation
 from mtserve.kernels.cuda.driver import current_context
 from mtserve.kernels.cuda.queue import DriverQueue
 from mtserve.model.ranking import RankingModel

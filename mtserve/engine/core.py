@@ -12,18 +12,18 @@ from mtserve.cache.index import TieredIndex
 from mtserve.config import EngineConfig
 from mtserve.engine import setup
 from mtserve.engine.batches import Batches
-from mtserve.engine.filling import Slot
-from mtserve.engine.footprint import packed_format
-from mtserve.engine.job import Job
+from mtserve.engine.forward.runners import max_prefix
 from mtserve.engine.known_costs import known_costs
 from mtserve.engine.memory import Memory
-from mtserve.engine.pace import Pace
-from mtserve.engine.runners import max_prefix
-from mtserve.engine.scheduler import Questions, Scheduler
-from mtserve.engine.sequence import UserSequence
+from mtserve.engine.queue.filling import Slot
+from mtserve.engine.queue.pace import Pace
+from mtserve.engine.queue.scheduler import Questions, Scheduler
+from mtserve.engine.request.job import Job
+from mtserve.engine.request.sequence import UserSequence
 from mtserve.engine.served import Place, Served
 from mtserve.engine.stopwatch import Stopwatch
-from mtserve.engine.tiers import Tiers
+from mtserve.engine.tiers.footprint import packed_format
+from mtserve.engine.tiers.tiers import Tiers
 from mtserve.errors import FailedPrecondition
 from mtserve.metrics import Metrics
 from mtserve.model.ranking import RankingModel

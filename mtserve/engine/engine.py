@@ -17,10 +17,10 @@ from mtserve.engine.admission import Admission
 from mtserve.engine.checks import check_pins
 from mtserve.engine.core import Core
 from mtserve.engine.hints import Hints
-from mtserve.engine.job import Job, make_job
 from mtserve.engine.loop import Loop
-from mtserve.engine.sequence import UserSequence
-from mtserve.engine.sequences import SequenceCache
+from mtserve.engine.request.job import Job, make_job
+from mtserve.engine.request.sequence import UserSequence
+from mtserve.engine.request.sequences import SequenceCache
 from mtserve.engine.setup import available_memory
 from mtserve.errors import MtserveError, ResourceExhausted, Unavailable
 from mtserve.history.memory import MemoryHistory

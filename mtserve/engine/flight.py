@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mtserve.engine.batch import BatchPlan
-from mtserve.engine.filling import Slot
-from mtserve.engine.runner import Pending
-from mtserve.engine.tiers import Reservation
+from mtserve.engine.forward.batch import BatchPlan
+from mtserve.engine.forward.runner import Pending
+from mtserve.engine.queue.filling import Slot
+from mtserve.engine.tiers.tiers import Reservation
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 
 from mtserve.config import EngineConfig
 from mtserve.engine.calibration import calibrate, cost_key
-from mtserve.engine.planner import Planner
-from mtserve.engine.runner import BatchRunner
-from mtserve.engine.sequence import SequenceBuilder
+from mtserve.engine.forward.planner import Planner
+from mtserve.engine.forward.runner import BatchRunner
+from mtserve.engine.request.sequence import SequenceBuilder
 from mtserve.model.ranking import RankingModel
 from mtserve.restore.cache import CostCache, default_path
 from mtserve.restore.costs import Costs

@@ -10,7 +10,7 @@ import torch
 
 from mtserve.config import EngineConfig
 from mtserve.engine import setup
-from mtserve.engine.footprint import Footprint, link_shape
+from mtserve.engine.tiers.footprint import Footprint, link_shape
 from mtserve.kernels.host_format.packed import PackedPages
 from mtserve.kernels.host_format.shape import FormatShape
 from mtserve.transfer.arena import ArenaGrowth, HostArena, grow_all

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from mtserve.config import EngineConfig
+from mtserve.engine.forward.planner import Planner
+from mtserve.engine.forward.runner import BatchRunner
+from mtserve.engine.forward.runners import largest_batch, make_runner
+from mtserve.engine.forward.unpackers import make_unpacker
 from mtserve.engine.memory import Memory
-from mtserve.engine.planner import Planner
-from mtserve.engine.runner import BatchRunner
-from mtserve.engine.runners import largest_batch, make_runner
-from mtserve.engine.sequence import SequenceBuilder
-from mtserve.engine.unpackers import make_unpacker
+from mtserve.engine.request.sequence import SequenceBuilder
 from mtserve.errors import InvalidArgument
 from mtserve.kernels.page_write.rounding import FP8, LARGEST_FP8
 from mtserve.model.ranking import RankingModel

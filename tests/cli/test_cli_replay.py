@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtserve.cli import main
-from mtserve.engine.runner import Runner
+from mtserve.engine.forward.runner import Runner
 from mtserve.model.presets import build
 from mtserve.model.weights import save
 from mtserve.trace.generator.config import GeneratorConfig

@@ -15,11 +15,11 @@ from small_models import BARE_SCHEMA, CAUSAL, SCHEMA, small_model
 from mtserve.cache.index import PageIds
 from mtserve.config import EngineConfig
 from mtserve.engine import calibration
-from mtserve.engine.batch import BatchPlan
 from mtserve.engine.calibration import calibrate, cost_key
-from mtserve.engine.planner import Planner
-from mtserve.engine.runner import BatchRunner, Runner
-from mtserve.engine.sequence import SequenceBuilder
+from mtserve.engine.forward.batch import BatchPlan
+from mtserve.engine.forward.planner import Planner
+from mtserve.engine.forward.runner import BatchRunner, Runner
+from mtserve.engine.request.sequence import SequenceBuilder
 from mtserve.kernels.backend import load_kernels
 from mtserve.model.ranking import RankingModel
 from mtserve.restore.cache import CostCache, CostKey

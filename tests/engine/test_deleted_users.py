@@ -9,7 +9,7 @@ import pytest
 from engine_world import World
 
 from mtserve.cache.index import TieredIndex
-from mtserve.engine.write_back import WriteBack
+from mtserve.engine.tiers.write_back import WriteBack
 from mtserve.errors import TransferFailed
 
 Make = Callable[..., World]

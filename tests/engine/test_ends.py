@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 from small_models import BARE_SCHEMA, SCHEMA, small_model
 from token_batches import NAN, Made, make_token_batch, random_rows
 
-from mtserve.engine.heads import TaskHeads
-from mtserve.engine.tokens import TokenEmbedding
+from mtserve.engine.forward.heads import TaskHeads
+from mtserve.engine.forward.tokens import TokenEmbedding
 from mtserve.errors import InvalidArgument
 from mtserve.model.ranking import RankingModel
 from mtserve.model.schema import Feature, FeatureSchema

@@ -10,7 +10,7 @@ import pytest
 from engine_world import World
 from small_models import CAUSAL, small_model
 
-from mtserve.engine.scheduler import PATIENCE
+from mtserve.engine.queue.scheduler import PATIENCE
 from mtserve.types import History
 
 Make = Callable[..., World]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from small_models import SCHEMA
 
-from mtserve.engine.batch import BatchPlan, BatchSize
-from mtserve.engine.metadata import SMALLEST_BUCKET, Capacity, Metadata, bucket_rows
+from mtserve.engine.forward.batch import BatchPlan, BatchSize
+from mtserve.engine.forward.metadata import SMALLEST_BUCKET, Capacity, Metadata, bucket_rows
 
 ROW_ORDER, TOKEN_ORDER = ("limit", "group", "target"), ("row", "source", "position", "bucket")
 WORK = {"heads": 2, "head_dim": 64, "sms": 4, "deterministic": False}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pytest
 
-from mtserve.engine.pace import BELIEVED_S, LINE_SAMPLES, SAMPLES, Line, Pace
+from mtserve.engine.queue.pace import BELIEVED_S, LINE_SAMPLES, SAMPLES, Line, Pace
 
 
 def test_nothing_is_known_at_first_nor_of_empty_batches() -> None:

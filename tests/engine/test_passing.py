@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from small_models import CAUSAL, SCHEMA, make_behaviours, small_config
 
-from mtserve.engine.pace import LINE_SAMPLES, Pace
-from mtserve.engine.passing import Passing
-from mtserve.engine.sequence import SequenceBuilder, UserSequence
+from mtserve.engine.queue.pace import LINE_SAMPLES, Pace
+from mtserve.engine.queue.passing import Passing
+from mtserve.engine.request.sequence import SequenceBuilder, UserSequence
 from mtserve.restore.costs import Costs
 from mtserve.types import History
 

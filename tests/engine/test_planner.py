@@ -22,12 +22,12 @@ from small_models import (
 )
 
 from mtserve import _core
-from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize
-from mtserve.engine.filling import Slot
-from mtserve.engine.job import Job, make_job
-from mtserve.engine.planner import ROWS_OF_PART, Planner
-from mtserve.engine.sequence import SequenceBuilder
-from mtserve.engine.tiers import Reservation
+from mtserve.engine.forward.batch import BatchArrays, BatchPlan, BatchSize
+from mtserve.engine.forward.planner import ROWS_OF_PART, Planner
+from mtserve.engine.queue.filling import Slot
+from mtserve.engine.request.job import Job, make_job
+from mtserve.engine.request.sequence import SequenceBuilder
+from mtserve.engine.tiers.tiers import Reservation
 from mtserve.errors import InvalidArgument
 from mtserve.kernels.token_embedding.batch import TILE_TOKENS
 from mtserve.model.mask import visible

@@ -10,7 +10,7 @@ from engine_world import World
 from restored_worlds import COUNT, FORMATS, LAYERS, PREFIX, SPLITS, deep_world, on_the_host, push_off, settle
 from small_models import CAUSAL, SCHEMA, small_model
 
-from mtserve.engine.pace import BELIEVED_S
+from mtserve.engine.queue.pace import BELIEVED_S
 from mtserve.model.schema import FeatureSchema
 from mtserve.restore.choice import Choice, Need, Work
 from mtserve.restore.costs import Costs, costs_for_cpu

@@ -10,9 +10,9 @@ import pytest
 from small_models import SCHEMA, make_behaviours, make_candidates, small_config
 
 from mtserve.config import EngineConfig
-from mtserve.engine.job import Job, make_job
-from mtserve.engine.scheduler import Scheduler
-from mtserve.engine.sequence import SequenceBuilder
+from mtserve.engine.queue.scheduler import Scheduler
+from mtserve.engine.request.job import Job, make_job
+from mtserve.engine.request.sequence import SequenceBuilder
 from mtserve.errors import DeadlineExceeded
 from mtserve.metrics import Metrics
 from mtserve.types import History, ScoreResult

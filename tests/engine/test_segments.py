@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from mtserve.engine.graph_key import LOADED_ROWS, GraphKey, segments, usual_keys
-from mtserve.engine.metadata import bucket_rows
+from mtserve.engine.forward.graph_key import LOADED_ROWS, GraphKey, segments, usual_keys
+from mtserve.engine.forward.metadata import bucket_rows
 from mtserve.transfer.cuda_mover import layer_groups
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from engine_world import Pending, World
 
-from mtserve.engine.scheduler import PATIENCE
+from mtserve.engine.queue.scheduler import PATIENCE
 
 Make = Callable[..., World]
 # A load takes longer than encoding one user of 23 tokens and 3 candidates, and less than encoding two.

@@ -19,9 +19,9 @@ pytest.importorskip("triton")
 
 from small_models import small_model
 
-from mtserve.engine import stack as module
-from mtserve.engine.metadata import Capacity, Metadata, bucket_rows
-from mtserve.engine.stack import Stack
+from mtserve.engine.forward import stack as module
+from mtserve.engine.forward.metadata import Capacity, Metadata, bucket_rows
+from mtserve.engine.forward.stack import Stack
 from mtserve.kernels.host_format.packed import PackedPages
 from mtserve.kernels.host_format.reference import encode_rows
 from mtserve.kernels.host_format.shape import FormatShape

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pytest
 from engine_world import OverlappingRunner, World
 
-from mtserve.engine.batch import BatchPlan, EarlyLayers
-from mtserve.engine.runner import BatchRunner
-from mtserve.engine.runner import Pending as PendingBatch
+from mtserve.engine.forward.batch import BatchPlan, EarlyLayers
+from mtserve.engine.forward.runner import BatchRunner
+from mtserve.engine.forward.runner import Pending as PendingBatch
 from mtserve.engine.stopwatch import PHASES, Stopwatch
 from mtserve.transfer.mover import Arrivals
 

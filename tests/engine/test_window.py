@@ -7,10 +7,10 @@ from concurrent.futures import Future
 import numpy as np
 from small_models import SCHEMA, make_behaviours, make_candidates, small_config
 
-from mtserve.engine.job import Job, make_job
-from mtserve.engine.scheduler import PATIENCE
-from mtserve.engine.sequence import SequenceBuilder
-from mtserve.engine.window import OVERTAKEN, in_turn, open_window
+from mtserve.engine.queue.scheduler import PATIENCE
+from mtserve.engine.queue.window import OVERTAKEN, in_turn, open_window
+from mtserve.engine.request.job import Job, make_job
+from mtserve.engine.request.sequence import SequenceBuilder
 from mtserve.types import History
 
 BUILDER = SequenceBuilder(small_config(), SCHEMA, "weights")

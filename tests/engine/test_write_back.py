@@ -12,7 +12,7 @@ import pytest
 from engine_world import DelayedMover, World
 
 from mtserve.cache.index import TieredIndex
-from mtserve.engine.write_back import HURRY_S, WriteBack
+from mtserve.engine.tiers.write_back import HURRY_S, WriteBack
 from mtserve.errors import TransferFailed
 
 Make = Callable[..., World]

@@ -11,7 +11,7 @@ import torch
 from engine_world import Pending, World
 from small_models import CAUSAL, small_model
 
-from mtserve.engine.graphs import RUNS_BEFORE_CAPTURE, GraphRunner
+from mtserve.engine.forward.graphs import RUNS_BEFORE_CAPTURE, GraphRunner
 from mtserve.kernels.cuda.driver import OwnStream, current_context
 from mtserve.kernels.cuda.graph import Graph, capture
 from mtserve.kernels.cuda.queue import DriverQueue

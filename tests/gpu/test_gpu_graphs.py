@@ -15,10 +15,10 @@ from small_models import CAUSAL, START_MS, make_behaviours, make_candidates, mak
 
 from mtserve.config import EngineConfig
 from mtserve.engine.engine import Engine
-from mtserve.engine.graph_key import usual_keys
-from mtserve.engine.graphs import RUNS_BEFORE_CAPTURE
-from mtserve.engine.metadata import bucket_rows
-from mtserve.engine.runners import largest_batch, make_runner
+from mtserve.engine.forward.graph_key import usual_keys
+from mtserve.engine.forward.graphs import RUNS_BEFORE_CAPTURE
+from mtserve.engine.forward.metadata import bucket_rows
+from mtserve.engine.forward.runners import largest_batch, make_runner
 from mtserve.engine.setup import page_shape
 from mtserve.model.ranking import RankingModel
 from mtserve.model.reference import recompute
@@ -141,7 +141,7 @@ def test_the_engines_own_thread_needs_no_other_cuda_call_first(cache: str) -> No
 
 
 def test_without_graphs_the_scores_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtserve.engine.graphs.RUNS_BEFORE_CAPTURE", 1)
+    monkeypatch.setattr("mtserve.engine.forward.graphs.RUNS_BEFORE_CAPTURE", 1)
     model = small_model(2, **SHAPES[2], **LENGTHS)
     captured = _play(model, 24, kernels="cuda", gpu_cache="64MiB")
     launched = _play(model, 24, kernels="cuda", gpu_cache="64MiB", graphs="off")
@@ -222,12 +222,12 @@ def test_capturing_ahead_writes_no_page() -> None:
 
 
 def test_evicted_graphs_are_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtserve.engine.graphs.RUNS_BEFORE_CAPTURE", 1)
+    monkeypatch.setattr("mtserve.engine.forward.graphs.RUNS_BEFORE_CAPTURE", 1)
     model = small_model(2, **SHAPES[2], **LENGTHS)
     kept = _play(model, 40, kernels="cuda", gpu_cache="64MiB")
     assert kept.stats["runner"]["captures"] == kept.stats["runner"]["graphs"] > 2
     assert kept.stats["runner"]["graph_evictions"] == 0
-    monkeypatch.setattr("mtserve.engine.graphs.MAX_GRAPHS", 2)
+    monkeypatch.setattr("mtserve.engine.forward.graphs.MAX_GRAPHS", 2)
     evicted = _play(model, 40, kernels="cuda", gpu_cache="64MiB")
     runner = evicted.stats["runner"]
     assert runner["graphs"] == 2

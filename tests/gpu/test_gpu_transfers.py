@@ -17,7 +17,7 @@ from gpu_delays import MS, delay_groups, delay_stream, group_all_loads
 from gpu_driver import STRIDED, Copies, in_step, interpose
 
 from mtserve.cache.index import Copy
-from mtserve.engine.gates import Gates, LayerWaits
+from mtserve.engine.forward.gates import Gates, LayerWaits
 from mtserve.errors import ResourceExhausted, TransferFailed
 from mtserve.kernels.cuda.driver import Event, OwnStream, batch_name
 from mtserve.kernels.cuda.graph import capture

@@ -15,9 +15,9 @@ import torch
 
 from mtserve.config import EngineConfig
 from mtserve.engine.engine import Engine
-from mtserve.engine.footprint import Footprint, packed_format
 from mtserve.engine.setup import page_shape, resolve_device, resolve_dtype
-from mtserve.engine.transfers import DIRECTIONS
+from mtserve.engine.tiers.footprint import Footprint, packed_format
+from mtserve.engine.tiers.transfers import DIRECTIONS
 from mtserve.errors import CorruptState, DeadlineExceeded, InvalidArgument
 from mtserve.history.memory import MemoryHistory
 from mtserve.metrics import GROUPS

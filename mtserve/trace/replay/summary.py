@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mtserve.engine.stopwatch import PHASES
-from mtserve.engine.transfers import DIRECTIONS
+from mtserve.engine.tiers.transfers import DIRECTIONS
 from mtserve.metrics import GROUPS
 from mtserve.provenance import stamp
 from mtserve.trace.hits import asked_before, hit_ratio

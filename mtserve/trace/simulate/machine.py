@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from mtserve.config import EngineConfig, ModelConfig
-from mtserve.engine.footprint import link_shape, packed_format
 from mtserve.engine.setup import page_shape
+from mtserve.engine.tiers.footprint import link_shape, packed_format
 from mtserve.restore.choice import AUTO, Layout, Need, Work, choose
 from mtserve.restore.costs import Costs
 from mtserve.restore.gpus import GpuFigures

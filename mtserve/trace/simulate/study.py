@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from mtserve.config import EngineConfig, ModelConfig
-from mtserve.engine.footprint import Footprint, packed_format
 from mtserve.engine.setup import DTYPES, page_shape
+from mtserve.engine.tiers.footprint import Footprint, packed_format
 from mtserve.errors import InvalidArgument
 from mtserve.restore.costs import Costs
 from mtserve.restore.gpus import GpuFigures, gpu_figures

@@ -11,10 +11,10 @@ import torch
 from replay_world import small_trace, tiny_model
 
 from mtserve.config import EngineConfig, ModelConfig
-from mtserve.engine.batch import BatchPlan, EarlyLayers
+from mtserve.engine.forward.batch import BatchPlan, EarlyLayers
+from mtserve.engine.forward.runner import Done, Runner
 from mtserve.engine.memory import Memory
-from mtserve.engine.pace import Line, Pace
-from mtserve.engine.runner import Done, Runner
+from mtserve.engine.queue.pace import Line, Pace
 from mtserve.engine.stopwatch import PHASES
 from mtserve.errors import InvalidArgument
 from mtserve.model.ranking import RankingModel

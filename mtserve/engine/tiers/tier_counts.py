@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mtserve.cache.index import IndexStats, TieredIndex
-from mtserve.engine.footprint import Footprint
+from mtserve.engine.tiers.footprint import Footprint
 from mtserve.metrics import Metrics
 
 

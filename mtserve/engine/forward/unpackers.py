@@ -43,6 +43,6 @@ def make_unpacker(kernels: str, packed: PackedPages, states: torch.Tensor, model
     if kernels != "cuda":
         return TorchUnpacker(packed, states, model)
     # Only CUDA machines have what this kernel is built from.
-    from mtserve.engine.cuda_unpacker import CudaUnpacker
+    from mtserve.engine.forward.cuda_unpacker import CudaUnpacker
 
     return CudaUnpacker(packed, states, model)

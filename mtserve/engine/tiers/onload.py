@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from mtserve.cache.index import Load, Presence, TieredIndex
 from mtserve.config import EngineConfig
-from mtserve.engine.job import Job
-from mtserve.engine.pace import Pace
-from mtserve.engine.passing import Passing
-from mtserve.engine.transfers import Transfers
-from mtserve.engine.window import in_turn, open_window
+from mtserve.engine.queue.pace import Pace
+from mtserve.engine.queue.passing import Passing
+from mtserve.engine.queue.window import in_turn, open_window
+from mtserve.engine.request.job import Job
+from mtserve.engine.tiers.transfers import Transfers
 from mtserve.metrics import Metrics
 from mtserve.transfer.mover import LOAD, Mover
 

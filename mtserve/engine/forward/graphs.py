@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
-from mtserve.engine.gates import Gates, LayerWaits
-from mtserve.engine.graph_key import GraphKey, segments, usual_keys
-from mtserve.engine.heads import TaskHeads
-from mtserve.engine.metadata import Capacity, Metadata, bucket_rows
-from mtserve.engine.runner import check_rows
-from mtserve.engine.stack import Stack
-from mtserve.engine.tokens import TokenEmbedding
+from mtserve.engine.forward.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
+from mtserve.engine.forward.gates import Gates, LayerWaits
+from mtserve.engine.forward.graph_key import GraphKey, segments, usual_keys
+from mtserve.engine.forward.heads import TaskHeads
+from mtserve.engine.forward.metadata import Capacity, Metadata, bucket_rows
+from mtserve.engine.forward.runner import check_rows
+from mtserve.engine.forward.stack import Stack
+from mtserve.engine.forward.tokens import TokenEmbedding
 from mtserve.errors import MtserveError
 from mtserve.kernels.cuda.driver import Event, OwnStream, current_context, use_context
 from mtserve.kernels.cuda.graph import Graph, capture

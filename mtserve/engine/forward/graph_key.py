@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from mtserve.engine.metadata import SMALLEST_BUCKET, bucket_rows
+from mtserve.engine.forward.metadata import SMALLEST_BUCKET, bucket_rows
 from mtserve.kernels.attention.work import SMALLEST_TILE, TILES, WIDEST_HEAD_OF_LARGE_TILES
 
 # Rows of the largest batch that usually waits for pages: what its users appended since, and candidates.

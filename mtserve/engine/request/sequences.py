@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtserve.engine.sequence import SequenceBuilder, UserSequence
+from mtserve.engine.request.sequence import SequenceBuilder, UserSequence
 from mtserve.history.store import HistoryStore
 from mtserve.types import Chain, History, Rows
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mtserve.engine.pace import Pace
-from mtserve.engine.sequence import UserSequence
+from mtserve.engine.queue.pace import Pace
+from mtserve.engine.request.sequence import UserSequence
 from mtserve.restore.choice import user_work
 from mtserve.restore.costs import Costs
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from mtserve.engine.job import Job
-from mtserve.engine.scheduler import PATIENCE
+from mtserve.engine.queue.scheduler import PATIENCE
+from mtserve.engine.request.job import Job
 
 # Batches that a user for whom there is no room lets go first whose users have some: long enough that the users there are
 # done with, and short beside the time in which a session is over.

@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import torch
 
-from mtserve.engine.metadata import Metadata
+from mtserve.engine.forward.metadata import Metadata
 from mtserve.errors import InvalidArgument
 from mtserve.kernels.attention.cuda import AttentionKernel
 from mtserve.kernels.attention.work import AttentionWork

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mtserve import _core
-from mtserve.engine.sequence import UserSequence
+from mtserve.engine.request.sequence import UserSequence
 from mtserve.model.mask import Groups, candidate_limits
 from mtserve.model.tokeniser import GAP_THRESHOLDS_MS
 from mtserve.types import Rows, ScoreResult

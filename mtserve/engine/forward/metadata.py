@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtserve.engine.batch import BatchArrays, BatchPlan, tile_capacity
+from mtserve.engine.forward.batch import BatchArrays, BatchPlan, tile_capacity
 from mtserve.kernels.attention.work import ITEM_WORDS, AttentionWork, WorkPlan, plan_work, work_capacity
 from mtserve.model.schema import FeatureSchema
 

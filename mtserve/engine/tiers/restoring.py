@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from mtserve.cache.index import Load, TieredIndex
 from mtserve.config import EngineConfig
-from mtserve.engine.filling import Slot
-from mtserve.engine.transfers import Transfers
+from mtserve.engine.queue.filling import Slot
+from mtserve.engine.tiers.transfers import Transfers
 from mtserve.metrics import Metrics
 from mtserve.restore.choice import NOTHING, Choice, Layout, Need, Work, choose, user_work
 from mtserve.restore.costs import Costs

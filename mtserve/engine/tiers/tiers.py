@@ -16,17 +16,17 @@ import torch
 
 from mtserve.cache.index import Copy, TieredIndex
 from mtserve.config import EngineConfig
-from mtserve.engine.filling import Slot
-from mtserve.engine.footprint import Footprint
-from mtserve.engine.job import Job
-from mtserve.engine.onload import Onload
-from mtserve.engine.pace import Pace
-from mtserve.engine.restoring import Restored, Restoring
-from mtserve.engine.scheduler import Questions
-from mtserve.engine.sequence import UserSequence
-from mtserve.engine.tier_counts import TierCounts
-from mtserve.engine.transfers import Transfers
-from mtserve.engine.write_back import WriteBack
+from mtserve.engine.queue.filling import Slot
+from mtserve.engine.queue.pace import Pace
+from mtserve.engine.queue.scheduler import Questions
+from mtserve.engine.request.job import Job
+from mtserve.engine.request.sequence import UserSequence
+from mtserve.engine.tiers.footprint import Footprint
+from mtserve.engine.tiers.onload import Onload
+from mtserve.engine.tiers.restoring import Restored, Restoring
+from mtserve.engine.tiers.tier_counts import TierCounts
+from mtserve.engine.tiers.transfers import Transfers
+from mtserve.engine.tiers.write_back import WriteBack
 from mtserve.metrics import Metrics
 from mtserve.restore.costs import Costs
 from mtserve.transfer.mover import LOAD, STORE, Arrivals, Mover, Unpacker

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from mtserve import _core
-from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize, tile_capacity
-from mtserve.engine.filling import Slot
-from mtserve.engine.job import Job
-from mtserve.engine.tiers import Reservation
+from mtserve.engine.forward.batch import BatchArrays, BatchPlan, BatchSize, tile_capacity
+from mtserve.engine.queue.filling import Slot
+from mtserve.engine.request.job import Job
+from mtserve.engine.tiers.tiers import Reservation
 from mtserve.kernels.token_embedding.batch import TILE_TOKENS
 from mtserve.model.ranking import RankingModel
 from mtserve.model.tokeniser import GAP_THRESHOLDS_MS

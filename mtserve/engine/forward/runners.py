@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mtserve.config import EngineConfig
-from mtserve.engine.runner import BatchRunner, Runner
+from mtserve.engine.forward.runner import BatchRunner, Runner
 from mtserve.kernels.backend import load_kernels
 from mtserve.kernels.host_format.packed import PackedPages
 from mtserve.model.ranking import RankingModel
@@ -35,7 +35,7 @@ def make_runner(
     if kernels != "cuda":
         return Runner(model, load_kernels(kernels), pool, packed, rows=largest_batch(model, config))
     # Only CUDA machines have what these kernels are built from.
-    from mtserve.engine.graphs import GraphRunner
+    from mtserve.engine.forward.graphs import GraphRunner
 
     return GraphRunner(
         model, pool, config.page_tokens, rows=largest_batch(model, config), slots=config.max_batch_requests,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mtserve.engine.job import Job
+from mtserve.engine.request.job import Job
 from mtserve.kernels.plan import HostPlan
 from mtserve.kernels.token_embedding.batch import TILE_TOKENS
 from mtserve.model.schema import FeatureSchema

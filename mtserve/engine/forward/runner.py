@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtserve.engine.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
+from mtserve.engine.forward.batch import BatchArrays, BatchPlan, BatchSize, EarlyLayers
 from mtserve.errors import InvalidArgument
 from mtserve.kernels.backend import Kernels
 from mtserve.kernels.host_format.packed import PackedPages

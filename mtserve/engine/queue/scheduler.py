@@ -8,8 +8,8 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from mtserve.config import EngineConfig
-from mtserve.engine.filling import Filling, Slot
-from mtserve.engine.job import Job
+from mtserve.engine.queue.filling import Filling, Slot
+from mtserve.engine.request.job import Job
 from mtserve.errors import Cancelled, DeadlineExceeded, ResourceExhausted
 from mtserve.metrics import Metrics
 

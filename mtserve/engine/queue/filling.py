@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mtserve.config import EngineConfig
-from mtserve.engine.job import Job
-from mtserve.engine.sequence import UserSequence
+from mtserve.engine.request.job import Job
+from mtserve.engine.request.sequence import UserSequence
 
 
 @dataclass(eq=False, slots=True)

@@ -1,0 +1,1 @@
+"""One request: what it asks, and the history that it is asked over."""

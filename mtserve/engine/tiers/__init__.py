@@ -1,0 +1,1 @@
+"""States between the device and the host: reserved, brought, saved, counted."""
