@@ -89,7 +89,7 @@ def forecast_lines(result: Result) -> Lines:
     on = result["measured_on"]
     return [
         f"What `mtserve simulate` foretells of the generated replays above ({on['gpu']}, commit {on['commit']}; forecast of commit",
-        f"{result['commit']}; 8 in flight. [docs/simulate.md](docs/simulate.md#forecast) says why it is far above them):",
+        f"{result['commit']}; 8 in flight. [docs/simulate.md](docs/simulate.md#forecast) says why it is above them):",
         "",
         *table(columns, rows),
     ]
