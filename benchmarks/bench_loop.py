@@ -8,6 +8,7 @@ steps     the loop driven by hand, its queue always full: CPU time to plan and l
 profile   the same under the profiler: the share of the time in which no kernel and no copy ran.
 clients   the engine's own thread and client threads in a closed loop, all in one Python process: one thread a user.
 few       the same with two client threads, which keep as many requests under way: fewer contend for the interpreter.
+sooner    both again where threads take turns as soon as in `mtserve serve`, not only after Python's own 5 ms.
 Some scores are first held against the same engine without a cache; when they differ by more than bf16 does, nothing
 is reported and the exit status is 1.
 """
@@ -30,6 +31,7 @@ from arguments import make_parser, require_gpu, write_report
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from mtserve.cli.interpreter import share_often  # noqa: E402
 from mtserve.config import EngineConfig  # noqa: E402
 from mtserve.engine.engine import Engine  # noqa: E402
 from mtserve.model.presets import build  # noqa: E402
@@ -210,9 +212,23 @@ def profile(engine: Engine, traffic: Traffic, batch: int, batches: int) -> dict[
 
 
 def measure_clients(
-    model: Any, users: int, batch: int, history: int, batches: int, seed: int, threads: int = 0
+    model: Any, users: int, batch: int, history: int, batches: int, seed: int, threads: int = 0, sooner: bool = False
 ) -> dict[str, Any]:
-    """Users who append, ask and wait, each with one request under way, on `threads` client threads (0: one a user)."""
+    """Users who append, ask and wait, each with one request under way, on `threads` client threads (0: one a user).
+
+    `sooner`: threads take turns every SWITCH_S.
+    """
+    before = sys.getswitchinterval()
+    try:
+        if sooner:
+            share_often()
+        found = _clients(model, users, batch, history, batches, seed, threads)
+        return {**found, "turns_ms": 1e3 * sys.getswitchinterval()}
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _clients(model: Any, users: int, batch: int, history: int, batches: int, seed: int, threads: int) -> dict[str, Any]:
     each, threads = max(1, batches * batch // users), threads or users
     with Engine(model, config_of(batch)) as engine:
         loads = [Traffic(model.schema, 1, history, seed + index, f"client-{index}") for index in range(users)]
@@ -271,10 +287,12 @@ def main() -> int:
         "steps": measure_steps(model, *shape_of),
         "clients": measure_clients(model, *shape_of),
         "few": measure_clients(model, *shape_of, threads=2),
+        "clients sooner": measure_clients(model, *shape_of, sooner=True),
+        "few sooner": measure_clients(model, *shape_of, threads=2, sooner=True),
     }
     for view, values in result.items():
         for name, value in values.items():
-            print(f"{view:<8} {name:<20} {value if isinstance(value, dict) else f'{value:.3f}'}")
+            print(f"{view:<14} {name:<20} {value if isinstance(value, dict) else f'{value:.3f}'}")
     shape = {key: getattr(options, key) for key in ("model", "users", "batch", "history")}
     shape |= {"new": NEW, "candidates": CANDIDATES}
     report = {"stamp": stamp(seed=options.seed, device="cuda:0"), **shape, "relative_l2_uncached": error, **result}

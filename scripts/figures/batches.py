@@ -45,7 +45,10 @@ def loop_lines(result: Result) -> Lines:
         "driven by", "GPU a batch, ms", "CPU to plan and launch it, ms", "GPU waits between batches, ms",
         "GPU idle, %", "requests/s", "latency p50 / p99, ms",
     ]  # fmt: skip
-    threads = {view: f"{result[view]['threads']} client threads" for view in ("clients", "few") if view in result}
+    views = ("clients", "few", "clients sooner", "few sooner")
+    threads = {
+        view: f"{result[view]['threads']} client threads, turns of {result[view]['turns_ms']:g} ms" for view in views
+    }
     names, rows = {"steps": "hand, its queue full", **threads}, []
     for view, name in names.items():
         found = result[view]
