@@ -8,7 +8,7 @@ steps     the loop driven by hand, its queue always full: CPU time to plan and l
 profile   the same under the profiler: the share of the time in which no kernel and no copy ran.
 clients   the engine's own thread and client threads in a closed loop, all in one Python process: one thread a user.
 few       the same with two client threads, which keep as many requests under way: fewer contend for the interpreter.
-sooner    both again where threads take turns as soon as in `mtserve serve`, not only after Python's own 5 ms.
+sooner    both again where threads take turns as soon as in `mtserve replay`, not only after Python's own 5 ms.
 Some scores are first held against the same engine without a cache; when they differ by more than bf16 does, nothing
 is reported and the exit status is 1.
 """

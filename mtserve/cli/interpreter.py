@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-# A thread that computes gives the interpreter up to another no sooner. Python's own 5 ms are several batches: the engine's
-# loop, which comes back from the device, would wait as long for a handler or a replay's client that prepares requests. A
-# replay over a device that took a model's time answered 8 to 20% more requests a second than at 5 ms, and no more at 0.05.
+# A thread that computes gives the interpreter up to another no sooner; Python's own 5 ms are several batches. A replay's one
+# client prepares requests while the loop wants to go on: in replays on an H200 the loop was asleep for 6% of the time with
+# this and for 23% without (generated 25%ws, one run each, hours apart). Not for servers: with 64 client threads that all
+# want their turn it costs 40% of the requests (benchmarks/bench_loop.py), and with two it changes little.
 SWITCH_S = 2e-4
 
 
 def share_often() -> None:
-    """Let the threads of this process take turns several times a batch."""
+    """Let the threads of this process take turns several times a batch: for a client and a loop that share a process."""
     sys.setswitchinterval(SWITCH_S)

@@ -7,7 +7,6 @@ import logging
 from typing import TYPE_CHECKING
 
 from mtserve.cli.flags import add_config_file, add_fields, make_parser, tables_of
-from mtserve.cli.interpreter import share_often
 from mtserve.cli.models import add_model, load_model
 from mtserve.config import EngineConfig, HistoryConfig, ServerConfig
 from mtserve.units import format_bytes
@@ -65,7 +64,6 @@ def run(words: list[str]) -> int:
         raise
     for line in _engine_lines(engine):
         print(line, flush=True)
-    share_often()
     gc.collect()
     gc.freeze()  # what the start left on the heap lives as long as the process: requests do not wait while it is searched
     serve(engine, server_config, history=history, max_append=history_config.max_append)
