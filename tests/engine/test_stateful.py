@@ -64,6 +64,7 @@ class EngineMachine(RuleBasedStateMachine):
         formats=st.sampled_from(FORMATS),
         policy=st.sampled_from(policy_names()),
         costs=st.sampled_from([*COSTS]),
+        restore=st.sampled_from(["auto", "auto", "load"]),
         pin_budget=st.sampled_from([0.0, 0.2, 0.5]),
         seed=st.integers(0, 999),
     )
@@ -81,6 +82,7 @@ class EngineMachine(RuleBasedStateMachine):
         formats: tuple[str, str],
         policy: str,
         costs: str,
+        restore: str,
         pin_budget: float,
         seed: int,
     ) -> None:
@@ -96,6 +98,8 @@ class EngineMachine(RuleBasedStateMachine):
             policy=policy,
             tolerance=TOLERANCES[formats],
             costs=COSTS[costs],
+            restore=restore,
+            max_candidates=5,  # a batch has room for no more rows than max_batch_tokens or one user's alone
             max_batch_tokens=batch,
             cold_batch_tokens=max(1, batch // 2),
             cold_after=5,
