@@ -13,10 +13,12 @@ import pytest
 SCRIPT = Path(__file__).parent.parent / "scripts" / "readme_figures.py"
 STAMP = {"commit": "abc", "seed": 3, "gpu": "some GPU", "processor": "some CPU"}
 STEPS = {"launch_cpu_ms": 0.25, "gpu_ms": 1.5, "gap_ms": 0.01, "gpu_idle_share": 0.02, "requests_per_s": 999.6}
+CLIENTS = {**STEPS, "threads": 64, "latency_p50_ms": 5.25, "latency_p99_ms": 7.75, "turns_ms": 5.0}
+FEW = {**CLIENTS, "threads": 2, "latency_p50_ms": 1.25, "latency_p99_ms": 1.75}
 LOOP = {
     "stamp": STAMP, "model": "hstu-512", "users": 64, "batch": 32, "history": 4096, "new": 4, "candidates": 256,
-    "steps": STEPS, "clients": {**STEPS, "threads": 64, "latency_p50_ms": 5.25, "latency_p99_ms": 7.75},
-    "few": {**STEPS, "threads": 2, "latency_p50_ms": 1.25, "latency_p99_ms": 1.75},
+    "steps": STEPS, "clients": CLIENTS, "few": FEW,
+    "clients sooner": {**CLIENTS, "turns_ms": 0.2}, "few sooner": {**FEW, "turns_ms": 0.2},
 }  # fmt: skip
 PRODUCT = {
     **STAMP,
@@ -119,8 +121,8 @@ def test_products_loop_and_deterministic_forward_are_shown(script: ModuleType) -
         "| old | 0.500 | - | 0.250 | - |",
         "| new | 0.500 | 0.625 | 0.250 | 1.50 |",
         "| hand, its queue full | 1.500 | 0.250 | 0.010 | 2.0 | 1000 | - / - |",
-        "| 64 client threads | 1.500 | 0.250 | 0.010 | 2.0 | 1000 | 5.2 / 7.8 |",
-        "| 2 client threads | 1.500 | 0.250 | 0.010 | 2.0 | 1000 | 1.2 / 1.8 |",
+        "| 64 client threads, turns of 5 ms | 1.500 | 0.250 | 0.010 | 2.0 | 1000 | 5.2 / 7.8 |",
+        "| 2 client threads, turns of 0.2 ms | 1.500 | 0.250 | 0.010 | 2.0 | 1000 | 1.2 / 1.8 |",
     ):
         assert row in lines
     assert sum("some GPU, commit abc, seed 3" in line for line in lines) == 3
