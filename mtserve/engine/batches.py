@@ -61,6 +61,7 @@ class Batches:
                 reservation = self._tiers.reserve(slots)
                 crowded = self._crowded(slots, reservation) if parts else None
                 if crowded is not None:
+                    crowded.jobs[0].passed_over += 1  # still queued: considered again with the next batch
                     self._tiers.release(reservation, slots, success=False)
                     return self.launch([slot for slot in slots if slot is not crowded])
             if not slots[-1].keep:  # those that are kept come first
@@ -84,23 +85,18 @@ class Batches:
             return None
 
     def _crowded(self, slots: Sequence[Slot], reservation: Reservation) -> Slot | None:
-        """A part that found no pages and has to be encoded whole, where that is more than fits beside the others.
-
-        Its jobs, which are still queued, are considered again with the next batch.
-        """
+        """A part that found no pages and has to be encoded whole, where that is more than fits beside the others."""
         if len(slots) == 1:
             return None
         rows, crowded = 0, None
         for slot, cached, stored in zip(slots, reservation.cached.tolist(), reservation.stored.tolist(), strict=True):
-            part = slot.partial and stored >= slot.encode_to
-            if slot.partial and not part:
+            if slot.partial and stored >= slot.encode_to:
+                rows += slot.encode_to - cached
+                continue
+            rows += len(slot.sequence.chain) - cached + slot.candidates
+            if slot.partial:
                 crowded = slot
-            end = slot.encode_to if part else len(slot.sequence.chain)
-            rows += end - cached + (0 if part else sum(len(job.candidates) for job in slot.jobs))
-        if crowded is None or rows <= self.served.most_rows:
-            return None
-        crowded.jobs[0].passed_over += 1
-        return crowded
+        return crowded if rows > self.served.most_rows else None
 
     def _nothing(self) -> Done:
         """What there is to answer where nothing was scored."""

@@ -45,7 +45,7 @@ class Slot:
     @property
     def again(self) -> bool:
         """Whether all of its jobs had batches before: parts of their prefix, or one whose load failed."""
-        return self.jobs[0].begun and all(job.begun for job in self.jobs)
+        return all(job.begun for job in self.jobs)
 
 
 class Filling:
@@ -78,7 +78,7 @@ class Filling:
         cost = slot.encode_to - cached
         # Prefetches are many or large, and nobody waits for them: they lengthen a batch no more than cold users do.
         cold = job.prefetch or cost > self._config.cold_after
-        budget = min(self._tokens, self._cold_tokens) if cold else self._tokens
+        budget = self._budget(cold)
         cost += len(job.candidates)
         if cost > budget:
             part = self._split(slot, budget) if cold else None
@@ -107,12 +107,13 @@ class Filling:
         self._restores = True
         self._add_whole(Slot(job.sequence, cached, len(job.sequence.chain), [job], restored=True))
 
-    def _add_whole(self, slot: Slot) -> None:
-        cost = slot.encode_to + len(slot.jobs[0].candidates)
-        if self._slots and (self.full or cost > self._tokens):
+    def _add_whole(self, slot: Slot, *, cold: bool = False) -> None:
+        cost = slot.encode_to + slot.candidates
+        # The first alone may be larger than the budget: it would fit no other batch either.
+        if self._slots and (self._requests <= 0 or cost > self._budget(cold)):
             return
         self._slots[slot.user_id] = slot
-        self._spend(cost, cold=False)
+        self._spend(cost, cold)
 
     def open_to_spare(self, idle: bool) -> bool:
         """Whether jobs that must wait may fill the batch: it runs anyway, or the device is `idle` and nobody is ready."""
@@ -130,13 +131,7 @@ class Filling:
         if slot is not None:
             self._join(slot, job)
             return
-        slot = Slot(job.sequence, 0, len(job.sequence.chain), [job], keep=False)
-        cost = slot.encode_to + len(job.candidates)
-        # The first alone may be larger than the budget: it would fit no other batch either.
-        if self._slots and (self._requests <= 0 or cost > min(self._tokens, self._cold_tokens)):
-            return
-        self._slots[job.user_id] = slot
-        self._spend(cost, cold=True)
+        self._add_whole(Slot(job.sequence, 0, len(job.sequence.chain), [job], keep=False), cold=True)
 
     def close(self) -> list[Slot]:
         """The batch. A job that fits no budget runs by itself, but only when nothing else would run."""
@@ -165,13 +160,17 @@ class Filling:
         if len(longer.chain) < len(shorter.chain):
             longer, shorter = shorter, longer
         cost = len(longer.chain) - len(slot.sequence.chain) + len(job.candidates)
-        budget = min(self._tokens, self._cold_tokens) if job.prefetch else self._tokens
+        budget = self._budget(job.prefetch)
         if job in slot.jobs or slot.partial or not longer.extends(shorter) or cost > budget:
             return
         slot.sequence = longer
         slot.encode_to = len(longer.chain)
         slot.jobs.append(job)
         self._spend(cost, cold=job.prefetch)
+
+    def _budget(self, cold: bool) -> int:
+        """Tokens that are left for one more."""
+        return min(self._tokens, self._cold_tokens) if cold else self._tokens
 
     def _spend(self, tokens: int, cold: bool) -> None:
         self._requests -= 1

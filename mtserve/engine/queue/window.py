@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from mtserve.engine.queue.scheduler import PATIENCE
 from mtserve.engine.request.job import Job
 
-# Batches that a user for whom there is no room lets go first whose users have some: long enough that the users there are
-# done with, and short beside the time in which a session is over.
+# Batches that a user for whom there is no room lets go first whose users have some. In a trial on virtual time (40 users,
+# 5% of the working set) 4, 16 and 1000 answered 0.58, 0.77 and 0.79 times what no cache did; the more, the longer one waits.
 OVERTAKEN = 16
 
 
@@ -32,18 +32,17 @@ def open_window(
     who does not was overtaken by OVERTAKEN batches.
     """
     window: dict[str, int] = {}
-    held = dict(held)
-    room, theirs = pages, False
+    room, beside_copies = pages, False
     for job in jobs:
         user_id = job.user_id
-        if (job.prefetch or wait_for_copies) and not theirs:
-            theirs = True
+        if (job.prefetch or wait_for_copies) and not beside_copies:
+            beside_copies = True
             room -= sum(count for user, count in held.items() if user not in window)
         wanted = -(-len(job.sequence.chain) // page_tokens)
         more = wanted - window.get(user_id, 0)
         if more <= 0:
             continue
-        if theirs and user_id not in window:
+        if beside_copies and user_id not in window:
             more -= held.get(user_id, 0)  # counted among its own
         if more > room and (window or not idle):
             if wait_for_copies and job.overtaken < OVERTAKEN:

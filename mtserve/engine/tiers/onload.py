@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from mtserve.cache.index import Load, Presence, TieredIndex
 from mtserve.config import EngineConfig
@@ -190,23 +191,22 @@ class Onload:
 
     def _open_window(self, jobs: Sequence[Job], reserved_pages: int) -> Sequence[Job]:
         """Choose who has room, and return those of `jobs` that are theirs."""
-        window = self._window_of(jobs, reserved_pages)
+        # Where nothing but a load brings what the host has, states that find no pages are dear.
+        waits = self._restore == "load"
+        choose = partial(
+            open_window, pages=self._pool_pages - reserved_pages, page_tokens=self._page_tokens, held=self._transfers.held(),
+            idle=not reserved_pages and not (waits and self._transfers.moving), wait_for_copies=waits,
+        )  # fmt: skip
+        window = choose(jobs)
         near = [job for job in jobs if self._fits(job, window)]
         if len(near) < len(jobs):
-            window = self._window_of(in_turn(jobs, self._held_tokens), reserved_pages)
+            window = choose(in_turn(jobs, self._held_tokens))
             near = [job for job in jobs if self._fits(job, window)]
         users = list(window)
         if users != list(self._window):
             self._index.set_window(users)
         self._window = window
         return near
-
-    def _window_of(self, jobs: Sequence[Job], reserved_pages: int) -> dict[str, int]:
-        # Where nothing but a load brings what the host has, states that find no pages are dear.
-        waits, room = self._restore == "load", self._pool_pages - reserved_pages
-        idle = not reserved_pages and not (waits and self._transfers.moving)
-        held = self._transfers.held()
-        return open_window(jobs, room, self._page_tokens, held, idle=idle, wait_for_copies=waits)
 
     def _begin_load(self, job: Job, gpu_tokens: int) -> None:
         load = self._index.begin_load(job.user_id, job.sequence.chain)

@@ -46,9 +46,9 @@ class Transfers:
         if not under_way:
             self._busy_since[kind] = now
         size, page_bytes, page_tokens = 0, page_bytes or self._page_bytes, self._page_tokens
-        for ticket, user, pages, _, _, tokens in copies:
-            moved = len(pages) * page_bytes
-            under_way[ticket] = Transfer(user, moved, now, -(-tokens // page_tokens))
+        for copy in copies:
+            moved = len(copy.gpu_pages) * page_bytes
+            under_way[copy.ticket] = Transfer(copy.user, moved, now, -(-copy.tokens // page_tokens))
             size += moved
         if kind == LOAD:
             self._loading.update([(copy.user, copy.ticket) for copy in copies])
